@@ -1,0 +1,112 @@
+# Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv. `make help` lists the targets.
+#   make lab PORT=9000 ARGS=--no-browser        another port, more arguments for JupyterLab
+#   make lab PYTHON=/some/bin/python3.11        another Python
+#   make lab PIP_ARGS='--index-url ...'         another package index, for example one with CPU builds of torch
+#   make unit ARGS='-k heun -x'                 more arguments for pytest
+
+SHELL := /bin/bash
+VENV ?= .venv
+PORT ?= 8888
+ARGS ?=
+PIP_ARGS ?=
+PYTHON ?=
+TORCH ?= 2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+START := notebooks/00_start_here.ipynb
+
+export PANEL_INLINE = true
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help lab install test lint types pytest unit notebooks browser figures bench lock clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | while IFS=$$'\t' read -r n t; do printf '  make %-10s %s\n' "$$n" "$$t"; done
+
+# The first of $(PYTHON), python3.11, ... that runs and is of a version that will do.
+define find_python
+py=; for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
+  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1; then py=$$candidate; break; fi; \
+done; \
+if [ -z "$$py" ]; then \
+  echo "This needs Python 3.11, 3.12 or 3.13, and none was found$(if $(PYTHON), at $(PYTHON))." >&2; \
+  echo "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv; macOS: brew install python@3.11)," >&2; \
+  echo "or name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; \
+fi; \
+if ! "$$py" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+  echo "$$py lacks venv or ensurepip. Debian, Ubuntu: apt install $$("$$py" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; \
+fi
+endef
+
+install: $(INSTALLED)  ## make .venv and install requirements.lock into it, once
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@if ! "$(BIN)/python" -m pip --version >/dev/null 2>&1; then \
+	  $(find_python); \
+	  echo "== making $(VENV) with $$("$$py" --version)"; \
+	  "$$py" -m venv --clear "$(VENV)" || exit 1; \
+	fi
+	@echo "== installing $$(grep -c == requirements.lock) pinned packages into $(VENV): some minutes the first time, and only then"
+	@"$(BIN)/python" -m pip install --quiet $(PIP_ARGS) -r requirements.lock
+	@"$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch "$@"
+	@echo "== installed"
+
+lab: $(INSTALLED)  ## JupyterLab on the start notebook, on this machine only
+	@echo "== JupyterLab on port $(PORT), this machine only; Ctrl-C twice ends it"
+	@exec "$(BIN)/python" -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) --ServerApp.root_dir="$(CURDIR)" \
+	  --LabApp.default_url=/lab/tree/$(START) --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
+
+test: lint types pytest  ## everything CI runs: lint, types, unit and contract tests, notebooks, browser
+
+pytest: $(INSTALLED)  ## all tests, without lint and types
+	@echo "== [3/3] tests: unit and contract, then notebooks, then browser"
+	@"$(BIN)/python" -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## ruff
+	@echo "== [1/3] lint: ruff"
+	@"$(BIN)/python" -m ruff check .
+
+types: $(INSTALLED)  ## mypy
+	@echo "== [2/3] types: mypy"
+	@"$(BIN)/python" -m mypy
+
+unit: $(INSTALLED)  ## the tests without notebooks and browser
+	@echo "== unit and contract tests"
+	@"$(BIN)/python" -m pytest -m "not notebook and not browser" $(ARGS)
+
+notebooks: $(INSTALLED)  ## the notebooks only, with their smoke parameters
+	@echo "== notebooks"
+	@"$(BIN)/python" -m pytest -m notebook $(ARGS)
+
+browser: $(INSTALLED)  ## the browser tests only
+	@echo "== browser tests"
+	@"$(BIN)/python" -m pytest -m browser $(ARGS)
+
+figures: $(INSTALLED)  ## run every notebook at full parameters; figures and executed notebooks go to build/figures
+	@echo "== every notebook at full parameters, into build/figures"
+	@"$(BIN)/python" notebooks/run_all.py --out build/figures $(ARGS)
+
+bench: $(INSTALLED)  ## pytest-benchmark over tests/benchmarks
+	@echo "== benchmarks"
+	@"$(BIN)/python" -m pytest tests/benchmarks --benchmark-enable $(ARGS)
+
+lock:  ## resolve pyproject.toml afresh and rewrite requirements.lock (TORCH=... names the torch release)
+	@$(find_python); \
+	echo "== resolving pyproject.toml in a new environment, build/lock, with $$("$$py" --version) and torch $(TORCH)"; \
+	"$$py" -m venv --clear build/lock && \
+	build/lock/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[test]' 'torch==$(TORCH)' && \
+	build/lock/bin/python -m pip check && \
+	build/lock/bin/python -m pip freeze --all --exclude pip --exclude sampling-workbench --exclude-editable \
+	  | sed -E 's/^([A-Za-z0-9._-]+==[^+]+)\+.*$$/\1/' > build/frozen && \
+	{ sed -n '/^#/p' requirements.lock; cat build/frozen; } > build/requirements.lock && \
+	mv build/requirements.lock requirements.lock && rm -rf build/frozen build/lock
+	@echo "== requirements.lock: $$(grep -c == requirements.lock) packages"
+
+clean:  ## remove what was built, except .venv
+	@echo "== removing build and caches; $(VENV) stays"
+	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .benchmarks *.egg-info
+	@find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

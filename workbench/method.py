@@ -1,0 +1,118 @@
+"""Methods: pure generator functions whose keyword-only arguments are their knobs.
+
+A method takes a problem and a random source, yields `Step(state, info)`, and its last step is the answer. It never
+times, counts, seeds, plots or grades itself: `workbench.run` does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from workbench.knob import BoundKnob, Knob
+
+
+class Step(NamedTuple):
+    """One step of a method: its state (n_samples, *shape) and what there is to tell about it."""
+
+    state: Tensor
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    exact is the claim that its output law equals the reference's. cost is the formula of its docstring: evaluations per
+    sample, in terms of its knobs and `branches` (2 where guidance evaluates two branches, else 1).
+    """
+
+    name: str
+    family: str
+    function: Callable[..., Iterator[Step]]
+    version: int
+    source: str
+    exact: bool
+    knobs: Mapping[str, BoundKnob]
+    cost: str
+
+    @property
+    def summary(self) -> str:
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+    def check(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """All knobs, validated, defaults filled in, in the order of the signature. Raises TypeError or ValueError."""
+        for name in knobs:
+            if name not in self.knobs:
+                raise TypeError(f"{self.name} has no knob {name!r}{_near(name, self.knobs)}")
+        return {name: bound.check(knobs.get(name, bound.default)) for name, bound in self.knobs.items()}
+
+    def evaluations(self, knobs: Mapping[str, Any], branches: int) -> int:
+        """Evaluations per sample by the docstring's formula."""
+        return int(eval(self.cost, {"__builtins__": {}, "max": max, "min": min}, {**knobs, "branches": branches}))
+
+
+METHODS: dict[str, Method] = {}
+_COST = re.compile(r"Cost: ``(.+?)`` evaluations per sample")
+
+
+def method(*, version: int, source: str, exact: bool = False) -> Callable[[Callable[..., Iterator[Step]]], Method]:
+    """Register a generator function as a method. The family is the name of the folder that it stands in.
+
+    Raises TypeError where the function declares no cost formula, an undeclared keyword, or a name already taken.
+    """
+
+    def register(function: Callable[..., Iterator[Step]]) -> Method:
+        name = function.__name__
+        if name in METHODS:
+            raise TypeError(f"method {name!r} is registered twice: {METHODS[name].function.__module__}")
+        cost = _COST.search(inspect.getdoc(function) or "")
+        if cost is None:
+            raise TypeError(f"method {name!r}: its docstring lacks 'Cost: ``formula`` evaluations per sample'")
+        METHODS[name] = Method(name, function.__module__.split(".")[-2], function, version, source, exact,
+                               _knobs(function), cost[1])
+        return METHODS[name]
+
+    return register
+
+
+def get(name: str) -> Method:
+    """The method of that name. Raises KeyError that lists near matches."""
+    if name not in METHODS:
+        raise KeyError(f"no method {name!r}{_near(name, METHODS)}")
+    return METHODS[name]
+
+
+def methods_table() -> str:
+    """The registry as a Markdown table, as the README shows it."""
+    rows = ["| method | family | what it does | knobs | evaluations per sample | source |", "|---|---|---|---|---|---|"]
+    for m in sorted(METHODS.values(), key=lambda m: (m.family, m.name)):
+        knobs = ", ".join(f"`{name}`" for name in m.knobs)
+        rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {knobs} | `{m.cost}` | {m.source} |")
+    return "\n".join(rows)
+
+
+def _knobs(function: Callable[..., Any]) -> dict[str, BoundKnob]:
+    hints = get_type_hints(function, include_extras=True)
+    bound = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint = hints.get(name)
+        knob = next((extra for extra in get_args(hint)[1:] if isinstance(extra, Knob)), None)
+        if get_origin(hint) is not Annotated or knob is None or parameter.default is inspect.Parameter.empty:
+            raise TypeError(f"{function.__name__}: keyword {name!r} must be Annotated[type, Knob(...)] with a default")
+        kind = get_args(hint)[0]
+        bound[name] = BoundKnob(name, get_origin(kind) or kind, parameter.default, knob)
+    return bound
+
+
+def _near(name: str, names: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(names))}"

@@ -1,0 +1,1 @@
+"""Samplers that turn noise into data by repeated denoising."""

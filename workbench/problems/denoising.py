@@ -1,0 +1,256 @@
+"""The denoising family: noise schedules, denoisers of any prediction type, time grids, and the problem that holds them.
+
+Notation (arXiv 2011.13456, 2206.00927): x_t = alpha_t x_0 + sigma_t eps, log-SNR lambda_t = log(alpha_t / sigma_t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from workbench.quality import Quality
+from workbench.rng import Rng
+
+Network = Callable[..., Tensor]
+SPACINGS = ("trailing", "leading", "linspace", "log_snr")
+PREDICTIONS = ("eps", "x0", "v")
+
+
+class Point(NamedTuple):
+    """A noise level: the schedule's own time, and the signal and noise scales there."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def log_snr(self) -> float:
+        return math.inf if self.sigma == 0 else math.log(self.alpha / self.sigma)
+
+
+CLEAN = Point(t=0.0, alpha=1.0, sigma=0.0)
+
+
+class Schedule(Protocol):
+    """A noise schedule. `t` is whatever the networks of that schedule are given; `progress` maps it to [0, 1]."""
+
+    @property
+    def cleanest(self) -> float: ...  # the t of least noise that the networks know
+    def at(self, t: float) -> Point: ...
+    def t_at(self, log_snr: float) -> float: ...
+    def progress(self, t: float) -> float: ...  # 0 at full noise, 1 at the data
+    def times(self, n_steps: int, spacing: str) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class DiscreteSchedule:
+    """A table of alpha_bar_t for t = 0..T-1, as diffusers' schedulers keep it; between entries log-SNR is linear in t."""
+
+    alphas_cumprod: tuple[float, ...]
+
+    @classmethod
+    def linear(cls, n_train: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
+        """The linear schedule of DDPM (arXiv 2006.11239, section 4)."""
+        # float32 like diffusers, so that a table made here equals one read from a pipeline's scheduler bit by bit
+        betas = torch.linspace(beta_start, beta_end, n_train, dtype=torch.float32)
+        return cls(tuple(torch.cumprod(1 - betas, 0).tolist()))
+
+    cleanest = 0.0
+
+    @cached_property
+    def _log_snr(self) -> Tensor:
+        bar = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
+        return 0.5 * (bar.log() - (-bar).log1p())
+
+    def at(self, t: float) -> Point:
+        if t == int(t):
+            bar = self.alphas_cumprod[int(t)]
+            return Point(t, math.sqrt(bar), math.sqrt(1 - bar))
+        low = int(t)
+        mixed = float(torch.lerp(self._log_snr[low], self._log_snr[low + 1], t - low))
+        return Point(t, *_scales(mixed))
+
+    def t_at(self, log_snr: float) -> float:
+        table = self._log_snr  # falls with t
+        if not float(table[-1]) - 1e-9 <= log_snr <= float(table[0]) + 1e-9:
+            raise ValueError(
+                f"log_snr={log_snr:.4g} is outside this schedule, {float(table[-1]):.4g} to {float(table[0]):.4g}"
+            )
+        high = min(max(int(torch.searchsorted(-table, -log_snr)), 1), len(table) - 1)
+        a, b = float(table[high - 1]), float(table[high])
+        return min(max(high - 1 + (a - log_snr) / (a - b), 0.0), len(table) - 1.0)
+
+    def progress(self, t: float) -> float:
+        return 1 - (t + 1) / len(self.alphas_cumprod)
+
+    def times(self, n_steps: int, spacing: str) -> list[float]:
+        """Descending times: "trailing", "leading", "linspace" as diffusers' DDIM rounds them, or even in log-SNR."""
+        total = len(self.alphas_cumprod)
+        if n_steps > total:
+            raise ValueError(f"n_steps={n_steps}: this schedule has {total} noise levels")
+        if spacing == "trailing":
+            return [float(round(total - i * total / n_steps) - 1) for i in range(n_steps)]
+        if spacing == "leading":
+            return [float(i * (total // n_steps)) for i in reversed(range(n_steps))]
+        if spacing == "linspace":
+            return [float(t) for t in torch.linspace(total - 1, 0, n_steps, dtype=torch.float64).round().tolist()]
+        low, high = float(self._log_snr[-1]), float(self._log_snr[0])
+        return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
+
+
+@dataclass(frozen=True)
+class ContinuousVP:
+    """The variance-preserving SDE's schedule (arXiv 2011.13456, appendix C): t in (0, 1], beta linear in t."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    cleanest: float = 1e-3
+
+    def at(self, t: float) -> Point:
+        log_alpha = -0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+        return Point(t, math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha)))
+
+    def t_at(self, log_snr: float) -> float:
+        # -2 log alpha = log(1 + exp(-2 lambda)) is a quadratic in t; the stable form of its positive root
+        twice = math.log1p(math.exp(-2 * log_snr))
+        slope = self.beta_max - self.beta_min
+        return 2 * twice / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * twice))
+
+    def progress(self, t: float) -> float:
+        return 1 - t
+
+    def times(self, n_steps: int, spacing: str) -> list[float]:
+        if spacing == "trailing":
+            return [1 - i / n_steps for i in range(n_steps)]
+        if spacing == "leading":
+            return [max((n_steps - 1 - i) / n_steps, self.cleanest) for i in range(n_steps)]
+        if spacing == "linspace":
+            return [1 + (self.cleanest - 1) * i / max(n_steps - 1, 1) for i in range(n_steps)]
+        low, high = self.at(1.0).log_snr, self.at(self.cleanest).log_snr
+        return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
+
+
+def grid(schedule: Schedule, n_steps: int, spacing: str) -> list[Point]:
+    """n_steps + 1 noise levels, full noise first and the clean data (sigma 0) last.
+
+    spacing is one of SPACINGS. Raises ValueError where the schedule has fewer levels than steps.
+    """
+    return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [CLEAN]
+
+
+def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:
+    """Steps per model: boundaries are floor(cumsum(fractions) * n_steps), the last model takes what is left.
+
+    fractions: one per model, each in [0, 1], together 1. Raises ValueError otherwise.
+    """
+    if any(not 0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions={tuple(fractions)}: expected numbers in [0, 1] that sum to 1")
+    ends, total = [0], 0.0
+    for fraction in fractions[:-1]:
+        total += fraction
+        ends.append(min(math.floor(total * n_steps + 1e-9), n_steps))
+    ends.append(n_steps)
+    return tuple(b - a for a, b in zip(ends[:-1], ends[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with what is needed to read its output.
+
+    network(x (B, *shape), t (B,), labels (B,) or None) -> (B, *shape), what `prediction` says: "eps", "x0" or "v".
+    schedule is the one that the network was trained on; null_label is the label that means "no label", if it has one.
+    """
+
+    name: str
+    network: Network
+    schedule: Schedule
+    prediction: str = "eps"
+    null_label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"{self.name}: prediction={self.prediction!r}: expected one of {', '.join(PREDICTIONS)}")
+
+    def predict(self, x: Tensor, here: Point, on: Schedule, labels: Tensor | None, guidance: float
+                ) -> tuple[Tensor, Tensor]:
+        """The estimates (x0, eps) of the data and the noise in x (B, *shape) at the point `here` of schedule `on`.
+
+        A network of another schedule is asked at its own time of equal log-SNR, with x rescaled to its own signal
+        scale, so models of different schedules and prediction types are joined and never silently mixed.
+        Evaluates B rows, or 2 B where guidance is not 1 and there are labels (classifier-free guidance,
+        arXiv 2207.12598: unconditional + guidance * (conditional - unconditional)).
+        """
+        point, own = here, x
+        if self.schedule != on:
+            point = self.schedule.at(self.schedule.t_at(here.log_snr))
+            own = x * (point.alpha / here.alpha)
+        rows = len(x)
+        if labels is not None and guidance != 1:
+            if self.null_label is None:
+                raise ValueError(f"guidance={guidance}: {self.name} was trained without a null label, only 1 is allowed")
+            twice = torch.cat((own, own))
+            both = torch.cat((torch.full_like(labels, self.null_label), labels))
+            out = self.network(twice, _times(point.t, 2 * rows, x), both)
+            raw = torch.lerp(out[:rows], out[rows:], guidance)
+        else:
+            raw = self.network(own, _times(point.t, rows, x), labels)
+        if self.prediction == "eps":
+            return (x - here.sigma * raw) / here.alpha, raw
+        if self.prediction == "v":
+            raw = point.alpha * own - point.sigma * raw
+        return raw, (x - here.alpha * raw) / here.sigma
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """A denoising problem: models of one data set, cheapest first, and the judge of what is made with them.
+
+    shape: of one sample's state. labels(n): the label of each of n samples, or None; sample i's never depends on n.
+    judge(answer (n, *shape), labels) -> {metric: Quality}. images(state) -> (n, H, W) uint8 or (n, H, W, 3), or
+    None where states are no pictures. digest: of weights and data, part of every key. flops: {model: per row}.
+    reference and baseline: (method, knobs) of the full budget and of the cheap rival. guidance: a sensible default.
+    """
+
+    name: str
+    digest: str
+    schedule: Schedule
+    models: tuple[Denoiser, ...]
+    shape: tuple[int, ...]
+    labels: Callable[[int], Tensor | None]
+    judge: Callable[[Tensor, Tensor | None], dict[str, Quality]]
+    flops: Mapping[str, float]
+    reference: tuple[str, Mapping[str, Any]]
+    baseline: tuple[str, Mapping[str, Any]]
+    images: Callable[[Tensor], Tensor] | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    preset: Mapping[str, Any] = field(default_factory=dict)  # knob values that suit this problem
+    code: Callable[..., str] | None = None  # (inputs of a run) -> a script that reproduces it without the workbench
+
+    def start(self, rng: Rng) -> Tensor:
+        """The noise that a run starts from: (n_samples, *shape), standard normal."""
+        return rng.normal(self.shape, self.dtype, self.device)
+
+    def branches(self, guidance: float = 1.0) -> int:
+        """Network rows per sample and evaluation: 2 under classifier-free guidance, else 1."""
+        return 2 if guidance != 1 and self.labels(1) is not None else 1
+
+    def wrapped(self, wrap: Callable[[str, Network], Network]) -> Denoising:
+        """This problem with each network replaced by wrap(model name, network)."""
+        return replace(self, models=tuple(replace(m, network=wrap(m.name, m.network)) for m in self.models))
+
+
+def _scales(log_snr: float) -> tuple[float, float]:
+    return 1 / math.sqrt(1 + math.exp(-2 * log_snr)), 1 / math.sqrt(1 + math.exp(2 * log_snr))
+
+
+def _times(t: float, rows: int, like: Tensor) -> Tensor:
+    """t for each row: integers where t is one of a table's entries, as networks expect them."""
+    whole = t == int(t)
+    return torch.full((rows,), int(t) if whole else t, dtype=torch.int64 if whole else like.dtype, device=like.device)

@@ -1,0 +1,31 @@
+"""Randomness by sample: one generator per sample, so that a sample does not depend on the batch it is drawn in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_STRIDE = 0x9E3779B97F4A7C15  # odd, so (seed, index) pairs spread over all 64 bits
+
+
+class Rng:
+    """The random source of a run: sample i draws from its own stream, fixed by (seed, first + i).
+
+    seed: any integer; n_samples: at least 1; first: index of the first sample, to continue an earlier batch.
+    The global generator of torch is never touched.
+    """
+
+    def __init__(self, seed: int, n_samples: int, first: int = 0) -> None:
+        if n_samples < 1:
+            raise ValueError(f"n_samples={n_samples!r}: expected at least 1")
+        self.seed, self.n_samples, self.first = seed, n_samples, first
+        self._streams = [
+            torch.Generator().manual_seed((seed * 1_000_003 + (first + i) * _STRIDE) % 2**63) for i in range(n_samples)
+        ]
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal (n_samples, *shape), each row from its sample's own stream; drawn on the CPU."""
+        out = torch.empty((self.n_samples, *shape), dtype=dtype)
+        for row, stream in zip(out, self._streams, strict=True):
+            row.normal_(generator=stream)
+        return out.to(device)

@@ -1,0 +1,185 @@
+"""run(): validate, drain the method's generator, meter, judge; and Run, the frozen record that everything else reads."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import platform
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import workbench
+from workbench.cost import Cost, Meter, Network, Timing, measure
+from workbench.method import Method, Step, get
+from workbench.quality import Quality
+from workbench.rng import Rng
+
+
+class Problem(Protocol):
+    """What run() needs of a problem, whatever its family."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def flops(self) -> Mapping[str, float]: ...
+    @property
+    def labels(self) -> Callable[[int], Tensor | None]: ...
+    @property
+    def judge(self) -> Callable[[Tensor, Tensor | None], dict[str, Quality]]: ...
+    def wrapped(self, wrap: Callable[[str, Network], Network]) -> Any: ...
+
+
+class Cancelled(Exception):
+    """The stop token was set; nothing was recorded."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that determines a run. `key` and `permalink` are made from one canonical form of it.
+
+    code is the package's version with the method's; digest is the problem's (weights and data).
+    """
+
+    method: str
+    problem: str
+    digest: str
+    code: str
+    seed: int
+    n_samples: int
+    knobs: Mapping[str, Any]
+
+    @property
+    def canonical(self) -> str:
+        """JSON with sorted keys and no spaces; tuples are lists."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits of the SHA-256 of the canonical form: the name of the run in a store."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()[:32]
+
+    @property
+    def permalink(self) -> str:
+        """The canonical form packed into letters, digits, - and _."""
+        return base64.urlsafe_b64encode(zlib.compress(self.canonical.encode(), 9)).decode().rstrip("=")
+
+    @classmethod
+    def from_permalink(cls, text: str) -> Inputs:
+        """The inverse of `permalink`. Raises ValueError where text is none."""
+        try:
+            packed = base64.urlsafe_b64decode(text.strip() + "=" * (-len(text.strip()) % 4))
+            unpacker = zlib.decompressobj()
+            canonical = unpacker.decompress(packed, 100_000)  # a link of a few bytes must not unpack without bound
+            if unpacker.unconsumed_tail:
+                raise ValueError("too long")
+            return cls.from_dict(json.loads(canonical))
+        except (ValueError, zlib.error, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"permalink {text[:40]!r}: not one that the workbench made ({error})") from None
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Inputs:
+        """From the parsed canonical form."""
+        knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["knobs"].items()}
+        return cls(**{**fields, "knobs": knobs})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its inputs, cost, quality and environment. `answer` (n_samples, *shape) is stored beside the record."""
+
+    inputs: Inputs
+    cost: Cost
+    quality: Mapping[str, Quality]
+    environment: Mapping[str, str]
+    answer: Tensor = field(compare=False, repr=False)
+
+    @property
+    def knobs(self) -> Mapping[str, Any]:
+        return self.inputs.knobs
+
+    @property
+    def title(self) -> str:
+        """The method and its knobs, for a figure of this run."""
+        knobs = ", ".join(f"{name} {value}" for name, value in self.knobs.items())
+        return f"{self.inputs.method} on {self.inputs.problem}: {knobs}, seed {self.inputs.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the answer, as JSON takes it (nan and infinity as strings)."""
+        record = {"inputs": asdict(self.inputs), "cost": asdict(self.cost), "environment": dict(self.environment)}
+        record["quality"] = {k: {"value": repr(q.value), "stderr": repr(q.stderr), "n": q.n} for k, q in self.quality.items()}
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], answer: Tensor) -> Run:
+        """The inverse of `to_dict`."""
+        quality = {k: Quality(float(q["value"]), float(q["stderr"]), q["n"]) for k, q in record["quality"].items()}
+        return cls(Inputs.from_dict(record["inputs"]), Cost(**record["cost"]), quality, record["environment"], answer)
+
+
+def inputs(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, **knobs: Any) -> Inputs:
+    """The validated inputs of a run, knobs completed with their defaults.
+
+    Raises KeyError (unknown method), TypeError or ValueError (knobs, seed, n_samples) that name what was received.
+    """
+    if isinstance(method, str):
+        method = get(method)
+    for name, value, low in (("seed", seed, 0), ("n_samples", n_samples, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name}={value!r}: expected an integer of at least {low}")
+    code = f"{workbench.__version__}+{method.name}.{method.version}"
+    return Inputs(method.name, problem.name, problem.digest, code, seed, n_samples, method.check(knobs))
+
+
+def run(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, *,
+        stop: Callable[[], bool] = lambda: False, on_step: Callable[[Step], object] | None = None, **knobs: Any) -> Run:
+    """Run a method on a problem: validate, drain its generator, meter its evaluations, judge its answer.
+
+    stop() is asked after every step; once true, Cancelled is raised and nothing is recorded. on_step(step) sees each
+    step. Costs what the method's docstring says, in evaluations. Raises what `inputs` and the method raise, and
+    ValueError where the answer is not finite.
+    """
+    given = inputs(method, problem, seed, n_samples, **knobs)
+    meter = Meter(problem.flops)
+    answer = _drain(given, problem, meter, stop, on_step)
+    if not bool(torch.isfinite(answer).all()):
+        raise ValueError(f"{given.method}: the answer has entries that are not finite, with {dict(given.knobs)}")
+    quality = problem.judge(answer, problem.labels(n_samples))
+    return Run(given, meter.cost, quality, environment(answer), answer)
+
+
+def timed(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, *, repeats: int = 3,
+          stop: Callable[[], bool] = lambda: False, **knobs: Any) -> Timing:
+    """Seconds of the bare run (no trace, no judge), the median of `repeats`, after one warm-up that takes peak memory.
+
+    stop() is asked after every step; once true, Cancelled is raised. Raises what `run` raises.
+    """
+    given = inputs(method, problem, seed, n_samples, **knobs)
+    return measure(lambda meter: _drain(given, problem, meter, stop, None), problem.flops, repeats=repeats)
+
+
+def environment(answer: Tensor) -> dict[str, str]:
+    """What figures may depend on beside the inputs."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": str(answer.device),
+            "threads": str(torch.get_num_threads()), "machine": platform.machine()}
+
+
+def _drain(given: Inputs, problem: Problem, meter: Meter, stop: Callable[[], bool],
+           on_step: Callable[[Step], object] | None) -> Tensor:
+    rng = Rng(given.seed, given.n_samples)
+    step = None
+    for step in get(given.method).function(problem.wrapped(meter.wrap), rng, **given.knobs):
+        if on_step is not None:
+            on_step(step)
+        if stop():
+            raise Cancelled
+    if step is None:
+        raise ValueError(f"{given.method} yielded no step with {dict(given.knobs)}")
+    return step.state

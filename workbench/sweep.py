@@ -1,0 +1,237 @@
+"""Sweeps: many runs at once, with evaluations that runs have in common made once and the others batched together."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.cost import Network
+from workbench.method import Step
+from workbench.run import Cancelled, Inputs, Problem, Run, inputs, run
+from workbench.store import Store
+
+
+class Memo:
+    """Remembers network outputs by the bits of their inputs, so trajectories that share a prefix share its work.
+
+    Methods need not know: equal noise, models and steps so far give equal inputs. The least recently used outputs go
+    once `max_bytes` are held. Safe to use from several threads.
+    """
+
+    def __init__(self, max_bytes: int = 256_000_000) -> None:
+        self._max, self._held = max_bytes, 0
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Tensor | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            return None
+
+    def put(self, key: bytes, out: Tensor) -> None:
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = out
+            self._held += out.nbytes
+            while self._held > self._max and len(self._kept) > 1:
+                self._held -= self._kept.popitem(last=False)[1].nbytes
+
+    def wrap(self, name: str, network: Network) -> Network:
+        """`network`, asked only for inputs that it was not asked for before."""
+
+        def remembered(*rows: Tensor | None) -> Tensor:
+            key = address(name, rows)
+            out = self.get(key)
+            if out is None:
+                out = network(*rows)
+                self.put(key, out)
+            return out
+
+        return remembered
+
+
+def address(name: str, rows: Sequence[Tensor | None]) -> bytes:
+    """16 bytes that stand for a network's name and the exact bits, shapes and types of its inputs."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16)
+    for tensor in rows:
+        if tensor is not None:
+            digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().contiguous().cpu().numpy().data)
+    return digest.digest()
+
+
+class _Ask:
+    """One run's wait for one network output."""
+
+    def __init__(self, name: str, network: Network, rows: tuple[Tensor | None, ...]) -> None:
+        self.name, self.network, self.rows = name, network, rows
+        self.key = address(name, rows)
+        self.out: Tensor | BaseException | None = None
+
+
+class _Rendezvous:
+    """Runs that advance together: once each waits for an output (or has ended), all that is asked is evaluated.
+
+    Equal questions are evaluated once; different ones to one model go in one batch of at most max_rows rows.
+    """
+
+    def __init__(self, memo: Memo, max_rows: int) -> None:
+        self._memo, self._max_rows = memo, max_rows
+        self._change = threading.Condition()
+        self._asks: list[_Ask] = []
+        self._running = 0
+
+    def wrap(self, name: str, network: Network) -> Network:
+        def asked(*rows: Tensor | None) -> Tensor:
+            ask = _Ask(name, network, rows)
+            ask.out = self._memo.get(ask.key)
+            if ask.out is None:
+                with self._change:
+                    self._asks.append(ask)
+                    self._change.notify_all()
+                    self._change.wait_for(lambda: ask.out is not None)
+            if isinstance(ask.out, BaseException):
+                raise ask.out
+            assert ask.out is not None
+            return ask.out
+
+        return asked
+
+    def gather(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Run all jobs, each in a thread of its own, until all have ended."""
+        self._running = len(jobs)
+        threads = [threading.Thread(target=self._work, args=(job,), daemon=True) for job in jobs]
+        for thread in threads:
+            thread.start()
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: len(self._asks) == self._running)
+                if not self._running:
+                    break
+                asks, self._asks = self._asks, []
+            self._answer(asks)
+            with self._change:
+                self._change.notify_all()
+        for thread in threads:
+            thread.join()
+
+    def _work(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        finally:
+            with self._change:
+                self._running -= 1
+                self._change.notify_all()
+
+    def _answer(self, asks: Sequence[_Ask]) -> None:
+        by_model: dict[str, dict[bytes, _Ask]] = {}
+        for ask in asks:
+            by_model.setdefault(ask.name, {}).setdefault(ask.key, ask)
+        for questions in by_model.values():
+            for batch in _batches(list(questions.values()), self._max_rows):
+                self._evaluate(batch)
+        answered = {ask.key: ask.out for questions in by_model.values() for ask in questions.values()}
+        for ask in asks:
+            ask.out = answered[ask.key]
+
+    def _evaluate(self, batch: Sequence[_Ask]) -> None:
+        try:
+            columns = zip(*(ask.rows for ask in batch), strict=True)
+            with torch.no_grad():
+                out = batch[0].network(*(None if c[0] is None else torch.cat(c) for c in columns))
+        except Exception as error:  # noqa: BLE001  it belongs to the runs that asked, which raise it
+            for ask in batch:
+                ask.out = error
+            return
+        for ask, part in zip(batch, out.split([len(a.rows[0]) for a in batch if a.rows[0] is not None]), strict=True):
+            ask.out = part.clone()  # a view would keep the whole batch in memory
+            self._memo.put(ask.key, ask.out)
+
+
+def _batches(asks: Sequence[_Ask], max_rows: int) -> Iterable[list[_Ask]]:
+    """Groups of questions that can be concatenated: same trailing shapes and types, at most max_rows rows each."""
+    groups: dict[Any, list[_Ask]] = {}
+    for ask in asks:
+        form = tuple(None if r is None else (r.shape[1:], r.dtype, r.device) for r in ask.rows)
+        groups.setdefault(form, []).append(ask)
+    for group in groups.values():
+        batch: list[_Ask] = []
+        rows = 0
+        for ask in group:
+            size = len(ask.rows[0]) if ask.rows[0] is not None else 0
+            if batch and rows + size > max_rows:
+                yield batch
+                batch, rows = [], 0
+            batch.append(ask)
+            rows += size
+        yield batch
+
+
+def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = None, store: Store | None = None,
+             stop: Callable[[], bool] = lambda: False, on_run: Callable[[Run], object] | None = None,
+             max_rows: int = 128, at_once: int = 64) -> list[Run]:
+    """The runs of `wanted`, in order, on one problem; those already in `store` are read, new ones are put there.
+
+    Up to at_once runs advance together, in batches of up to max_rows rows. Costs in each Run are those of that run
+    on its own. on_run(run) is called as runs end. Raises Cancelled once stop() is true: runs that ended stay stored;
+    and the first error of a run, after the others have ended.
+    """
+    memo = memo if memo is not None else Memo()
+    done: dict[str, Run] = {}
+    failed: list[BaseException] = []
+    todo: dict[str, Inputs] = {}
+    for item in wanted:
+        kept = store.get(item) if store is not None else None
+        if kept is not None:
+            done[item.key] = kept
+        else:
+            todo[item.key] = item
+
+    def job(item: Inputs, shared: Any) -> None:
+        try:
+            made = run(item.method, shared, item.seed, item.n_samples, stop=stop, **item.knobs)
+            if store is not None:
+                store.put(made)
+            done[item.key] = made
+            if on_run is not None:
+                on_run(made)
+        except BaseException as error:  # noqa: BLE001  raised again below, in the caller's thread
+            failed.append(error)
+
+    for chunk in _chunks(list(todo.values()), at_once):
+        rendezvous = _Rendezvous(memo, max_rows)
+        shared = problem.wrapped(rendezvous.wrap)
+        rendezvous.gather([lambda item=item: job(item, shared) for item in chunk])  # type: ignore[misc]
+        if failed:
+            raise next((e for e in failed if not isinstance(e, Cancelled)), failed[0])
+    return [done[item.key] for item in wanted]
+
+
+def sweep(method: str, problem: Problem, axes: Mapping[str, Iterable[Any]], *, seeds: Iterable[int] = (0, 1, 2),
+          n_samples: int = 16, memo: Memo | None = None, store: Store | None = None,
+          stop: Callable[[], bool] = lambda: False, on_run: Callable[[Run], object] | None = None,
+          **fixed: Any) -> list[Run]:
+    """Every combination of the values in `axes` ({knob: values}) for every seed, with the other knobs `fixed`.
+
+    All settings are validated before the first is run. Raises what `inputs` and `together` raise.
+    """
+    wanted = [
+        inputs(method, problem, seed, n_samples, **fixed, **dict(zip(axes, values, strict=True)))
+        for values in itertools.product(*axes.values())
+        for seed in seeds
+    ]
+    return together(problem, wanted, memo=memo, store=store, stop=stop, on_run=on_run)
+
+
+def _chunks(items: Sequence[Inputs], size: int) -> list[Sequence[Inputs]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
