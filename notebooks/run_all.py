@@ -1,18 +1,17 @@
 """Run the notebooks with papermill: `python notebooks/run_all.py --out build/figures` (that is `make figures`).
 
-Each notebook gets a folder of its own below --out. There it writes its figures, each as .png, .svg and .csv (its `figures`
-parameter names the folder), and there its executed copy is kept. The tests use the functions of this file too, so what they
-check and what this command does are the same.
+Each notebook gets a folder of its own below --out. There it writes its figures, each as .png, .svg and .csv (its
+`figures` parameter names the folder), and there its executed copy is kept. The tests use the functions of this file
+too, so what they check and what this command does are the same.
 
-papermill alone lets some errors pass: one raised in a widget's callback is hidden in the saved state of an Output widget,
-one raised in a thread is only written to stderr. `faults` finds both.
+papermill alone lets some errors pass: one raised in a widget's callback is hidden in the saved state of an Output
+widget, one raised in a thread is only written to stderr. `faults` finds both.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import re
 import sys
@@ -46,7 +45,7 @@ def parameter_names(notebook: Any) -> set[str]:
     names: set[str] = set()
     for cell in tagged(notebook, "parameters"):
         for node in ast.parse(cell.source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
 
@@ -57,7 +56,7 @@ def smoke_parameters(notebook: Any) -> dict[str, Any]:
 
 
 def unknown_parameters(notebook: Any, parameters: Mapping[str, Any]) -> list[str]:
-    """Parameters that the parameters cell does not assign: papermill would inject them and nothing would read them."""
+    """Parameters that the parameters cell does not assign: papermill would inject them, and nothing read them."""
     return sorted(set(parameters) - parameter_names(notebook))
 
 
@@ -68,10 +67,11 @@ def run(
     figures: Path | None = None,
     seconds_per_cell: int = MAX_SECONDS_PER_CELL,
 ) -> Any:
-    """Execute source into target and give back the executed notebook. Raises papermill's error where a cell raises.
+    """Execute source into target and give back the executed notebook.
 
     figures is the folder for the notebook's figures, passed on where it has such a parameter. The kernel sees
-    WORKBENCH_HEADLESS=1, so that widgets leave megabytes of front-end scripts out. Raises ValueError on unknown parameters.
+    WORKBENCH_HEADLESS=1, so that widgets leave megabytes of front-end scripts out. Raises papermill's error where a
+    cell raises, and ValueError where the parameters cell does not assign one of the parameters.
     """
     notebook = nbformat.read(source, as_version=4)
     given = dict(parameters)
@@ -86,7 +86,7 @@ def run(
     os.environ["WORKBENCH_HEADLESS"] = "1"
     try:
         return papermill.execute_notebook(
-            str(source), str(target), parameters=given, kernel_name="python3", cwd=str(NOTEBOOKS),
+            str(source), str(target), parameters=given, kernel_name="python3", language="python", cwd=str(NOTEBOOKS),
             execution_timeout=seconds_per_cell, progress_bar=False, log_output=False,
         )
     finally:
@@ -146,7 +146,7 @@ def incomplete_figures(folder: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", help="notebooks to run, by name or its beginning; all of them where none is named")
+    parser.add_argument("names", nargs="*", help="notebooks to run, by name or its beginning (default: all)")
     parser.add_argument("--out", type=Path, default=Path("build/figures"))
     parser.add_argument("--smoke", action="store_true", help="with the small parameters that the tests use")
     chosen = parser.parse_args(arguments)
@@ -160,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{number}/{len(todo)}] {source.name} ...", flush=True)
         began = time.perf_counter()
         notebook = nbformat.read(source, as_version=4)
+        for old in (path for path in folder.glob("*") if path.suffix in FORMATS):
+            old.unlink()
         try:
             executed = run(source, folder / source.name, smoke_parameters(notebook) if chosen.smoke else {}, folder)
             wrong = faults(executed)
@@ -173,9 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"    WRONG: {line}", flush=True)
         if wrong:
             failed.append(source.name)
-    manifest = {path.parent.name + "/" + path.name: path.stat().st_size for path in sorted(chosen.out.glob("*/*"))}
-    (chosen.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"{len(todo) - len(failed)} of {len(todo)} notebooks ran; see {chosen.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print(f"{len(todo) - len(failed)} of {len(todo)} notebooks ran well; see {chosen.out}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 

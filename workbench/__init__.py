@@ -8,11 +8,11 @@ from workbench.frontier import cheapest, pareto, points
 from workbench.knob import Knob
 from workbench.method import METHODS, Step, get, method
 from workbench.quality import METRICS, Metric, Quality
-from workbench.run import Cancelled, Inputs, Run, inputs, run, timed
+from workbench.run import Cancelled, Inputs, Run, compared, inputs, run, timed
 from workbench.store import Store
 from workbench.sweep import Memo, sweep, together
 
 __all__ = [
     "METHODS", "METRICS", "Cancelled", "Cost", "Inputs", "Knob", "Memo", "Metric", "Quality", "Run", "Step", "Store",
-    "Timing", "cheapest", "get", "inputs", "method", "methods", "pareto", "points", "run", "sweep", "timed", "together",
+    "Timing", "cheapest", "compared", "get", "inputs", "method", "methods", "pareto", "points", "run", "sweep", "timed", "together",
 ]

@@ -37,7 +37,8 @@ def points(runs: Iterable[Run], metric: str) -> list[Point]:
     for run in runs:
         if metric in run.quality:
             i = run.inputs
-            groups.setdefault(repr((i.method, i.problem, i.digest, i.n_samples, sorted(i.knobs.items()))), []).append(run)
+            setting = repr((i.method, i.problem, i.digest, i.code, i.n_samples, sorted(i.knobs.items())))
+            groups.setdefault(setting, []).append(run)
     return [_point(tuple(group), metric) for group in groups.values()]
 
 

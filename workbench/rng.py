@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STRIDE = 0x9E3779B97F4A7C15  # odd, so (seed, index) pairs spread over all 64 bits
+# torch's CPU generator reads only the low 32 bits of what it is seeded with. Both factors are odd, so samples of one
+# seed never share a stream, nor do equal samples of different seeds; the high bits of a seed are folded in.
+_PER_SEED, _PER_SAMPLE = 1_000_003, 0x9E3779B97F4A7C15
 
 
 class Rng:
@@ -19,8 +21,10 @@ class Rng:
         if n_samples < 1:
             raise ValueError(f"n_samples={n_samples!r}: expected at least 1")
         self.seed, self.n_samples, self.first = seed, n_samples, first
+        folded = seed ^ (seed >> 32) * 0x85EBCA6B
         self._streams = [
-            torch.Generator().manual_seed((seed * 1_000_003 + (first + i) * _STRIDE) % 2**63) for i in range(n_samples)
+            torch.Generator().manual_seed((folded * _PER_SEED + (first + i) * _PER_SAMPLE) % 2**63)
+            for i in range(n_samples)
         ]
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

@@ -8,7 +8,7 @@ import json
 import platform
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 import workbench
 from workbench.cost import Cost, Meter, Network, Timing, measure
 from workbench.method import Method, Step, get
-from workbench.quality import Quality
+from workbench.quality import Quality, drift
 from workbench.rng import Rng
 
 
@@ -81,7 +81,7 @@ class Inputs:
             if unpacker.unconsumed_tail:
                 raise ValueError("too long")
             return cls.from_dict(json.loads(canonical))
-        except (ValueError, zlib.error, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, zlib.error, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"permalink {text[:40]!r}: not one that the workbench made ({error})") from None
 
     @classmethod
@@ -163,6 +163,22 @@ def timed(method: str | Method, problem: Problem, seed: int = 0, n_samples: int 
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
     return measure(lambda meter: _drain(given, problem, meter, stop, None), problem.flops, repeats=repeats)
+
+
+def compared(run: Run, reference: Run, problem: Any) -> Run:
+    """`run` with its "drift" from a reference run that started from the same noise (same seed and n_samples).
+
+    In pictures (0 to 1) where the problem has them, else in the units of its state. Raises ValueError where the two
+    runs differ in problem, seed or n_samples.
+    """
+    for name in ("problem", "digest", "seed", "n_samples"):
+        ours, theirs = getattr(run.inputs, name), getattr(reference.inputs, name)
+        if ours != theirs:
+            raise ValueError(f"reference of another {name}: {theirs!r}, the run has {ours!r}")
+    a, b = run.answer, reference.answer
+    if problem.images is not None:
+        a, b = problem.images(a) / 255, problem.images(b) / 255
+    return replace(run, quality={**run.quality, "drift": drift(a, b)})
 
 
 def environment(answer: Tensor) -> dict[str, str]:

@@ -66,7 +66,7 @@ def address(name: str, rows: Sequence[Tensor | None]) -> bytes:
     for tensor in rows:
         if tensor is not None:
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().cpu().numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
 
@@ -154,8 +154,8 @@ class _Rendezvous:
                 ask.out = error
             return
         for ask, part in zip(batch, out.split([len(a.rows[0]) for a in batch if a.rows[0] is not None]), strict=True):
-            ask.out = part.clone()  # a view would keep the whole batch in memory
-            self._memo.put(ask.key, ask.out)
+            ask.out = kept = part.clone()  # a view would keep the whole batch in memory
+            self._memo.put(ask.key, kept)
 
 
 def _batches(asks: Sequence[_Ask], max_rows: int) -> Iterable[list[_Ask]]:

@@ -9,13 +9,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workbench.quality import Quality
 from workbench.rng import Rng
+
+if TYPE_CHECKING:
+    from workbench.run import Inputs
 
 Network = Callable[..., Tensor]
 SPACINGS = ("trailing", "leading", "linspace", "log_snr")
@@ -95,11 +100,12 @@ class DiscreteSchedule:
         if n_steps > total:
             raise ValueError(f"n_steps={n_steps}: this schedule has {total} noise levels")
         if spacing == "trailing":
-            return [float(round(total - i * total / n_steps) - 1) for i in range(n_steps)]
+            # numpy's own way of counting, so that halves round as in diffusers; where it counts one too far, cut
+            return (np.arange(total, 0, -total / n_steps)[:n_steps].round() - 1).tolist()
         if spacing == "leading":
             return [float(i * (total // n_steps)) for i in reversed(range(n_steps))]
         if spacing == "linspace":
-            return [float(t) for t in torch.linspace(total - 1, 0, n_steps, dtype=torch.float64).round().tolist()]
+            return np.linspace(0, total - 1, n_steps).round()[::-1].tolist() if n_steps > 1 else [total - 1.0]
         low, high = float(self._log_snr[-1]), float(self._log_snr[0])
         return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
 
@@ -214,7 +220,8 @@ class Denoising:
     shape: of one sample's state. labels(n): the label of each of n samples, or None; sample i's never depends on n.
     judge(answer (n, *shape), labels) -> {metric: Quality}. images(state) -> (n, H, W) uint8 or (n, H, W, 3), or
     None where states are no pictures. digest: of weights and data, part of every key. flops: {model: per row}.
-    reference and baseline: (method, knobs) of the full budget and of the cheap rival. guidance: a sensible default.
+    reference and baseline: (method, knobs) of the full budget and of the cheap rival.
+    data(n, seed) -> (n, *shape), n samples of the true law, where it can be drawn from.
     """
 
     name: str
@@ -231,7 +238,9 @@ class Denoising:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     preset: Mapping[str, Any] = field(default_factory=dict)  # knob values that suit this problem
-    code: Callable[..., str] | None = None  # (inputs of a run) -> a script that reproduces it without the workbench
+    source: str = ""  # Python lines that build this problem under the name `problem`
+    code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
+    data: Callable[[int, int], Tensor] | None = None
 
     def start(self, rng: Rng) -> Tensor:
         """The noise that a run starts from: (n_samples, *shape), standard normal."""
@@ -244,6 +253,26 @@ class Denoising:
     def wrapped(self, wrap: Callable[[str, Network], Network]) -> Denoising:
         """This problem with each network replaced by wrap(model name, network)."""
         return replace(self, models=tuple(replace(m, network=wrap(m.name, m.network)) for m in self.models))
+
+
+def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: float = 1.0) -> dict[str, list[float]]:
+    """Cosine similarity of each model's noise estimate with the best model's, at points[:-1] of its own trajectory.
+
+    The trajectory is the best model's (DDIM over `points`); values are means over rng.n_samples samples, one per point,
+    keyed by the model's name. Costs (n_models * n_steps) * branches evaluations per sample.
+    Source: the similarity that T-Stitch rests on, arXiv 2402.14167, section 3.
+    """
+    x, labels = problem.start(rng), problem.labels(rng.n_samples)
+    found: dict[str, list[float]] = {m.name: [] for m in problem.models}
+    with torch.no_grad():
+        for here, there in pairwise(points):
+            estimates = {m.name: m.predict(x, here, problem.schedule, labels, guidance) for m in problem.models}
+            x0, eps = estimates[problem.models[-1].name]
+            for name, (_, other) in estimates.items():
+                cosines = torch.cosine_similarity(other.flatten(1), eps.flatten(1), dim=1)
+                found[name].append(float(cosines.mean()))
+            x = there.alpha * x0 + there.sigma * eps
+    return found
 
 
 def _scales(log_snr: float) -> tuple[float, float]:

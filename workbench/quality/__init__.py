@@ -37,7 +37,8 @@ class Metric:
 METRICS = {
     m.name: m
     for m in (
-        Metric("label_accuracy", "label accuracy", "", True, 16, "share of samples that a classifier reads as asked for"),
+        Metric("label_accuracy", "label accuracy", "", True, 16,
+               "share of samples that a classifier reads as asked for"),
         Metric("frechet_distance", "Frechet distance", "", False, 500,
                "between Gaussians fitted to classifier features of samples and of held-out data; biased up at small n"),
         Metric("kernel_distance", "kernel distance", "x 1000", False, 100,
@@ -48,6 +49,8 @@ METRICS = {
                "mean distance by which samples must move to follow the true law, along one axis or averaged over axes"),
         Metric("energy_distance", "energy distance", "data units", False, 200,
                "zero only where samples and held-out data follow one law; works in any dimension"),
+        Metric("nearest_training", "distance to the nearest training sample", "RMS pixel", True, 16,
+               "0 where samples are copies of training data; what held-out data has is the mark, more is no better"),
     )
 }
 
@@ -76,8 +79,11 @@ def frechet_distance(features: Tensor, reference_mean: Tensor, reference_cov: Te
 
 def frechet(features: Tensor, reference_mean: Tensor, reference_cov: Tensor) -> Quality:
     """`frechet_distance` with a delete-a-group jackknife standard error over 20 groups."""
-    value = frechet_distance(features, reference_mean, reference_cov)
-    return Quality(value, _jackknife(features, lambda x: frechet_distance(x, reference_mean, reference_cov)), len(features))
+
+    def distance(x: Tensor) -> float:
+        return frechet_distance(x, reference_mean, reference_cov)
+
+    return Quality(distance(features), _jackknife(features, distance), len(features))
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> Quality:
@@ -104,7 +110,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Quality:
 
 
 def drift(samples: Tensor, reference: Tensor) -> Quality:
-    """Root mean square difference of paired samples (n, *D) and reference (n, *D); standard error by the delta method."""
+    """Root mean square difference of paired samples and reference (n, *D); standard error by the delta method."""
     if samples.shape != reference.shape:
         raise ValueError(f"samples of shape {tuple(samples.shape)} against reference of shape {tuple(reference.shape)}")
     squares = (samples.double() - reference.double()).square().flatten(1).mean(1)
@@ -133,20 +139,40 @@ def energy_distance(samples: Tensor, reference: Tensor) -> Quality:
     Values below 0 under the root are shown as 0. Standard error by jackknife over 20 groups of `samples`.
     """
 
-    def distance(x: Tensor) -> float:
-        n = len(x)
-        inner = 2 * float(torch.cdist(x, y).mean()) - float(torch.cdist(x, x).sum()) / (n * (n - 1)) - yy
-        return math.sqrt(max(inner, 0.0))
-
     x, y = samples.double().flatten(1), reference.double().flatten(1)
-    yy = float(torch.cdist(y, y).sum()) / (len(y) * (len(y) - 1))
-    return Quality(distance(x), _jackknife(x, distance), len(x))
+    n, m, groups = len(x), len(y), 20
+    yy = float(torch.cdist(y, y).sum()) / (m * (m - 1))
+    # every sum of distances that the jackknife needs, from one pass: those within and between groups of x, and to y
+    member = torch.nn.functional.one_hot(torch.arange(n) % groups, groups).to(x)
+    within, across = member.T @ torch.cdist(x, x) @ member, torch.cdist(x, y).sum(1) @ member
+
+    def distance(without: int | None = None) -> float:
+        kept = torch.ones(groups).to(x)
+        if without is not None:
+            kept[without] = 0
+        k = int(kept @ member.sum(0))
+        xx, xy = float(kept @ within @ kept) / max(k * (k - 1), 1), float(across @ kept) / (k * m)
+        return math.sqrt(max(2 * xy - xx - yy, 0.0))
+
+    return Quality(distance(), _spread(n, groups, distance), n)
+
+
+def nearest_training(samples: Tensor, training: Tensor) -> Quality:
+    """Mean over samples (n, *D) of the root mean square difference from the nearest of training (m, *D)."""
+    x, y = samples.double().flatten(1), training.double().flatten(1)
+    nearest = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").min(1).values / math.sqrt(x.shape[1])
+    return Quality(float(nearest.mean()), float(nearest.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan, len(x))
 
 
 def _jackknife(x: Tensor, statistic: Callable[[Tensor], float], groups: int = 20) -> float:
     """Delete-a-group jackknife standard error; nan where there are fewer than two samples per group."""
-    if len(x) < 2 * groups:
-        return math.nan
     label = torch.arange(len(x)) % groups
-    values = torch.tensor([statistic(x[label != g]) for g in range(groups)], dtype=torch.float64)
+    return _spread(len(x), groups, lambda g: statistic(x[label != g]))
+
+
+def _spread(n: int, groups: int, without: Callable[[int], float]) -> float:
+    """The jackknife's standard error from the statistic of n samples without group g, g = 0..groups-1."""
+    if n < 2 * groups:
+        return math.nan
+    values = torch.tensor([without(g) for g in range(groups)], dtype=torch.float64)
     return math.sqrt((groups - 1) / groups * float((values - values.mean()).square().sum()))

@@ -1,0 +1,159 @@
+"""Speed, as ratios within one run: `make bench`. Nothing else should run on the machine meanwhile.
+
+Each benchmark interleaves the two sides it compares, so that a slow moment of the machine hits both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+import workbench as wb
+from workbench.problems.denoising import Denoising
+from workbench.problems.glyphs import glyphs
+from workbench.rng import Rng
+from workbench.zoo import load_pipeline
+
+N_STEPS = 20
+
+
+def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median over rounds of ours/theirs, timed back to back in alternating order, and the spread (half the middle half)."""
+    ours(), theirs()
+    found = []
+    for i in range(rounds):
+        seconds = {}
+        for side in ((ours, theirs), (theirs, ours))[i % 2]:
+            begin = time.perf_counter()
+            side()
+            seconds[side] = time.perf_counter() - begin
+        found.append(seconds[ours] / seconds[theirs])
+    low, high = statistics.quantiles(found, n=4)[::2]
+    return statistics.median(found), (high - low) / 2
+
+
+def forwards(problem: Denoising, n_samples: int) -> Callable[[], object]:
+    """The bare network of the problem's first model, N_STEPS times, on the inputs that sampling gives it."""
+    model = problem.models[0]
+    asked: list[tuple[torch.Tensor, ...]] = []
+
+    def record(name: str, network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def recording(*rows: torch.Tensor) -> torch.Tensor:
+            asked.append(rows)
+            return network(*rows)
+
+        return recording
+
+    list(wb.get("ddim").function(problem.wrapped(record), Rng(0, n_samples), n_steps=N_STEPS, model="cheapest"))
+
+    def bare() -> None:
+        with torch.no_grad():
+            for rows in asked:
+                model.network(*rows)
+
+    return bare
+
+
+@pytest.mark.parametrize("n_samples", [1, 16])
+@pytest.mark.parametrize("method", ["ddim", "dpmpp_2m", "t_stitch"])
+def test_sampling_over_bare_forwards(benchmark, record_ratio, method: str, n_samples: int) -> None:
+    problem = glyphs(("s", "b", "l"))
+    knobs = {"fractions": (1.0,)} if method == "t_stitch" else {"model": "cheapest"}
+    function = wb.get(method).function
+
+    def sample() -> None:
+        for _ in function(problem, Rng(0, n_samples), n_steps=N_STEPS, **knobs):
+            pass
+
+    benchmark.pedantic(sample, rounds=5, warmup_rounds=1)
+    record_ratio(f"{method}, S, batch {n_samples}: sampling / bare forwards",
+                 ratio(sample, forwards(problem, n_samples), rounds=40), 1.02)
+
+
+@pytest.mark.parametrize("n_samples", [1, 16])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_diffusers_over_bare_forwards(benchmark, record_ratio, scheduler: type, n_samples: int) -> None:
+    problem, pipe = glyphs(("s", "b", "l")), load_pipeline("s")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    latents = Rng(0, n_samples).normal(problem.shape, torch.float32)
+    labels = problem.labels(n_samples).tolist()
+
+    def sample() -> None:
+        pipe(class_labels=labels, latents=latents, num_inference_steps=N_STEPS, guidance_scale=1.0, output_type="latent")
+
+    benchmark.pedantic(sample, rounds=5, warmup_rounds=1)
+    record_ratio(f"diffusers {scheduler.__name__}, S, batch {n_samples}: loop / bare forwards",
+                 ratio(sample, forwards(problem, n_samples), rounds=40), None)
+
+
+def test_large_over_small(benchmark, record_ratio) -> None:
+    problem = glyphs(("s", "b", "l"))
+    rows = (torch.randn(16, *problem.shape), torch.full((16,), 500), problem.labels(16))
+    small, large = problem.models[0].network, problem.models[-1].network
+
+    def forward(network: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        def once() -> None:
+            with torch.no_grad():
+                network(*rows)
+        return once
+
+    benchmark.pedantic(forward(large), rounds=20, warmup_rounds=2)
+    record_ratio("L / S seconds per evaluation, batch 16 (aim: at least 4)", ratio(forward(large), forward(small), 40), None)
+
+
+def test_sweep_of_all_switch_points(benchmark, record_ratio) -> None:
+    problem = glyphs(("s", "l"))
+    shares = [(i / N_STEPS,) for i in range(N_STEPS + 1)]
+    rows: dict[str, int] = {}
+
+    def count(name: str, network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            rows[name] = rows.get(name, 0) + len(x)
+            return network(x, *rest)
+        return counted
+
+    def sweep() -> None:
+        rows.clear()
+        wb.sweep("t_stitch", problem.wrapped(count), {"fractions": shares}, seeds=(0,), n_samples=16, **problem.preset)
+
+    best = {m.name: min(_seconds_per_row(m.network, problem, n) for n in (16, 32, 64, 128)) for m in problem.models}
+    benchmark.pedantic(sweep, rounds=3, warmup_rounds=1)
+    floor = sum(rows[name] * best[name] for name in rows)
+    record_ratio(f"sweep of 21 switch points ({rows}) / (unique rows x best seconds per row)",
+                 (benchmark.stats.stats.median / floor, benchmark.stats.stats.iqr / 2 / floor), 1.2)
+
+
+def _seconds_per_row(network: Callable[..., torch.Tensor], problem: Denoising, n: int) -> float:
+    rows = (torch.randn(n, *problem.shape), torch.full((n,), 500), problem.labels(n))
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        with torch.no_grad():
+            network(*rows)
+        times.append(time.perf_counter() - begin)
+    return min(times) / n
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_full_result(benchmark, record_seconds, fraction: float) -> None:
+    problem = glyphs(("s", "b", "l"))
+    benchmark.pedantic(
+        lambda: wb.run("t_stitch", problem, n_samples=16, n_steps=N_STEPS, fractions=(fraction,), **problem.preset),
+        rounds=5, warmup_rounds=1)
+    record_seconds(f"16 images, 20 steps, guidance on, judged, fraction {fraction}", benchmark.stats.stats.median, 1.0)
+
+
+def test_import(benchmark, record_ratio) -> None:
+    def load(module: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+    benchmark.pedantic(load("workbench"), rounds=3, warmup_rounds=1)
+    record_ratio("import workbench / import torch", ratio(load("workbench"), load("torch"), rounds=10), 1.2)

@@ -1,0 +1,67 @@
+"""Points, the Pareto front and the cheapest good enough, on made-up runs whose answer is plain."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from workbench import Cost, Inputs, Quality, Run, cheapest, pareto, points
+
+
+def made(flops, value, *, seed=0, metric="drift", stderr=0.1, n=10, **different):
+    fields = {"method": "m", "problem": "p", "digest": "d", "code": "1", "seed": seed, "n_samples": n,
+              "knobs": {"flops": flops}} | different
+    cost = Cost({"a": int(flops) * n}, {"a": 1}, {"a": float(flops) * n})
+    return Run(Inputs(**fields), cost, {metric: Quality(value, stderr, n)}, {}, torch.zeros(1))
+
+
+def test_seeds_become_one_point_with_the_spread_between_them():
+    [point] = points([made(3, v, seed=s) for s, v in enumerate((1.0, 2.0, 6.0))], "drift")
+    assert point.flops == 3 and point.evaluations == 3 and point.n == 30 and point.value == 3
+    assert point.stderr == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
+    assert points([made(3, 1.0)], "drift")[0].stderr == 0.1  # a single run keeps its own
+
+
+@pytest.mark.parametrize("different", [
+    {"method": "x"}, {"problem": "x"}, {"digest": "x"}, {"code": "2"}, {"knobs": {"flops": 4}}, {"n": 20}])
+def test_what_differs_in_more_than_the_seed_stays_apart(different):
+    assert len(points([made(3, 1.0), made(3, 2.0, seed=1, **different)], "drift")) == 2
+
+
+def test_runs_without_the_metric_are_left_out_and_an_unknown_one_is_an_error():
+    assert points([made(1, 1.0, metric="energy_distance")], "drift") == []
+    with pytest.raises(KeyError, match="no metric 'driftt'"):
+        points([], "driftt")
+
+
+def by_definition(candidates, sign):
+    """Those that no other is at least as good as in both, and better in one."""
+    def beats(a, b):
+        return (a.flops <= b.flops and sign * a.value <= sign * b.value
+                and (a.flops < b.flops or sign * a.value < sign * b.value))
+
+    return {(p.flops, p.value) for p in candidates if not any(beats(q, p) for q in candidates)}
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("drift", 1), ("label_accuracy", -1)])
+def test_pareto_is_the_definition(metric, sign):
+    for values in itertools.product((1.0, 2.0, 3.0), repeat=4):
+        candidates = points([made(1 + i // 2, v, metric=metric, knobs={"i": i}) for i, v in enumerate(values)], metric)
+        front = pareto(candidates, metric)
+        assert {(p.flops, p.value) for p in front} == by_definition(candidates, sign)
+        assert [p.flops for p in front] == sorted({p.flops for p in front})
+    assert pareto([], metric) == []
+
+
+def test_cheapest_within_the_bar():
+    candidates = points([made(f, v) for f, v in ((1, 5.0), (2, 2.0), (4, 1.5), (8, 1.0))], "drift")
+    for within, flops in ((0, 8), (0.49, 8), (0.5, 4), (1, 2), (4, 1)):
+        assert cheapest(candidates, "drift", within).flops == flops
+    shares = points([made(f, v, metric="label_accuracy") for f, v in ((1, 0.5), (2, 0.9), (4, 0.95))], "label_accuracy")
+    assert cheapest(shares, "label_accuracy", 0.06).flops == 2 and cheapest(shares, "label_accuracy", 0).flops == 4
+    for wrong in (([], 0), (candidates, -1)):
+        with pytest.raises(ValueError, match="candidates"):
+            cheapest(wrong[0], "drift", wrong[1])

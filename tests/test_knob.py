@@ -1,0 +1,123 @@
+"""Knobs and the registry: what is declared in a signature is what is checked, named and listed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import pytest
+import torch
+
+from workbench.knob import BoundKnob, Knob
+from workbench.method import METHODS, Step, get, method, methods_table
+
+STEPS = BoundKnob("n_steps", int, 20, Knob(low=1, high=1000, unit="steps", small=4, help="steps"))
+SHARE = BoundKnob("share", tuple, (0.5,), Knob(low=0.0, high=1.0, help="shares"))
+SOLVER = BoundKnob("solver", str, "a", Knob(choices=("a", "b"), help="which"))
+FLAG = BoundKnob("flag", bool, False, Knob(help="whether"))
+OPEN = BoundKnob("scale", float, 1.0, Knob(help="any"))
+
+
+@pytest.mark.parametrize(("knob", "value", "expected"), [
+    (STEPS, 1, 1), (STEPS, 1000, 1000), (STEPS, 20.0, 20), (SHARE, 0.25, (0.25,)), (SHARE, [0, 1], (0.0, 1.0)),
+    (SHARE, (), ()), (SOLVER, "b", "b"), (FLAG, True, True), (OPEN, -1e9, -1e9), (OPEN, 3, 3.0)])
+def test_values_are_taken_as_their_kind(knob, value, expected):
+    checked = knob.check(value)
+    assert checked == expected and type(checked) is type(expected)
+    if isinstance(checked, tuple):
+        assert all(type(entry) is float for entry in checked)
+
+
+@pytest.mark.parametrize(("knob", "value", "said"), [
+    (STEPS, 0, "1 to 1000 steps"), (STEPS, 1001, "1 to 1000 steps"), (STEPS, 10**400, "1 to 1000 steps"),
+    (SHARE, (0.5, 1.5), "0 to 1"), (SOLVER, "c", "'a', 'b'")])
+def test_out_of_range_names_knob_value_and_bounds(knob, value, said):
+    with pytest.raises(ValueError) as error:
+        knob.check(value)
+    assert knob.name in str(error.value) and repr(value) in str(error.value) and said in str(error.value)
+
+
+@pytest.mark.parametrize(("knob", "value"), [
+    (STEPS, 2.5), (STEPS, "4"), (STEPS, True), (STEPS, None), (STEPS, float("nan")), (OPEN, float("inf")),
+    (SHARE, "ab"), (SHARE, (None,)), (FLAG, 1), (FLAG, "yes")])
+def test_wrong_types_name_knob_and_value(knob, value):
+    with pytest.raises(TypeError) as error:
+        knob.check(value)
+    assert knob.name in str(error.value) and repr(value) in str(error.value)
+
+
+def test_ends_and_small():
+    assert STEPS.ends() == (1, 1000) and SHARE.ends() == ((0.0,), (1.0,)) and SOLVER.ends() == ("a", "b")
+    assert FLAG.ends() == (False, True) and OPEN.ends() == ()
+    assert STEPS.small == 4 and FLAG.small is False
+
+
+def example(problem, rng, *, n_things: Annotated[int, Knob(low=0, high=9, help="things")] = 3,
+            shares: Annotated[tuple[float, ...], Knob(help="shares")] = (0.5,)):
+    """Summary.
+
+    Cost: ``n_things * branches + max(n_things, 2)`` evaluations per sample.
+    """
+    yield Step(torch.zeros(1), {})
+
+
+@pytest.fixture
+def register():
+    """`method` for functions of this file, which stand in no family's folder; taken out of the registry afterwards."""
+    before = dict(METHODS)
+
+    def registered(function, **kwargs):
+        function.__module__ = "workbench.methods.example.file"
+        sys.modules.setdefault(function.__module__, sys.modules[__name__])
+        return method(**({"version": 1, "source": "none"} | kwargs))(function)
+
+    yield registered
+    METHODS.clear()
+    METHODS.update(before)
+    sys.modules.pop("workbench.methods.example.file", None)
+
+
+def test_registration_reads_the_signature(register):
+    made = register(example)
+    assert made is get("example") and made.family == "example" and made.summary == "Summary." and not made.exact
+    assert {k: b.kind for k, b in made.knobs.items()} == {"n_things": int, "shares": tuple}
+    assert made.check({}) == {"n_things": 3, "shares": (0.5,)}
+    assert made.check({"shares": 1}) == {"n_things": 3, "shares": (1.0,)}
+    assert made.evaluations({"n_things": 5}, branches=2) == 15
+    assert "| `example` | example | Summary. | `n_things`, `shares` |" in methods_table()
+
+
+def test_registration_refuses_what_is_half_declared(register):
+    register(example)
+    with pytest.raises(TypeError, match="registered twice"):
+        register(example)
+
+    def no_cost(problem, rng):
+        """No formula."""
+
+    def bare(problem, rng, *, n: int = 1):
+        """Cost: ``n`` evaluations per sample."""
+
+    def no_default(problem, rng, *, n: Annotated[int, Knob(help="n")]):
+        """Cost: ``n`` evaluations per sample."""
+
+    for function, said in ((no_cost, "lacks 'Cost"), (bare, "must be Annotated"), (no_default, "with a default")):
+        with pytest.raises(TypeError, match=said):
+            register(function)
+
+
+def test_near_matches():
+    with pytest.raises(KeyError, match="did you mean dpmpp_2m"):
+        get("dpmpp2m")
+    with pytest.raises(TypeError, match="ddim has no knob 'step'; did you mean n_steps"):
+        get("ddim").check({"step": 3})
+    with pytest.raises(TypeError, match="there are eta, guidance"):
+        get("ddim").check({"zzzz": 3})
+
+
+def test_a_formula_cannot_reach_builtins(register):
+    def sly(problem, rng):
+        """Cost: ``__import__('os').getpid()`` evaluations per sample."""
+
+    with pytest.raises(NameError):
+        register(sly).evaluations({}, 1)

@@ -1,0 +1,6 @@
+"""What draws Runs: the live explorer and static figures. UI packages are imported only here."""
+
+from widgets.explorer import Explorer, explorer
+from widgets.frontier import curve_plot, frontier_plot, save_figure
+
+__all__ = ["Explorer", "curve_plot", "explorer", "frontier_plot", "save_figure"]

@@ -1,0 +1,757 @@
+"""The explorer: sliders on a method's knobs, and live what they do to the samples, their cost and their quality.
+
+`Explorer` is the controller and knows no toolkit: it keeps settings, history and runs, and a worker thread that shows
+the newest settings and does useful things while nobody asks. `explorer.js` draws what it publishes.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import anywidget
+import torch
+import traitlets
+from torch import Tensor
+
+import workbench
+from workbench import METHODS, METRICS, Cancelled, Cost, Inputs, Memo, Run, Step, Store, Timing
+from workbench.cost import Meter, Network
+from workbench.frontier import points
+from workbench.methods.denoising.t_stitch import full_fractions, step_counts
+from workbench.problems.denoising import Denoising, grid
+from workbench.quality import drift
+from workbench.rng import Rng
+from workbench.run import environment
+
+HERE = Path(__file__).parent
+QUIET = 0.15  # seconds without a wish before idle work starts
+GRACE = 0.06  # seconds that a started run may go on although it is overtaken, so that a steady drag shows results
+FRAME = 1 / 30  # seconds between two previews of one run
+BATCH = 25  # samples per batch of a long score
+SCORES = (500, 2000)  # numbers of samples that the panel offers to score
+BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # step counts filled in when idle
+
+Stop = Callable[[], bool]
+
+
+@dataclass
+class _Score:
+    """A long score under way: answers of the first samples, in batches; it outlives interruptions."""
+
+    inputs: Inputs
+    parts: list[Tensor] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    seconds: float = 0.0
+    is_stopped: bool = False
+
+    @property
+    def n_done(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+
+class Explorer:
+    """Live controller of one problem and several methods. Use `explorer(...)`; as a cell's last line it shows itself.
+
+    inputs: the settings wanted. run: the Run shown (None before the first). runs: all Runs so far.
+    view, frontier, frame: what the front end draws (two plain dicts; bytes, see `_frame`).
+    With WORKBENCH_HEADLESS set in the environment there is no worker: `set` runs at once and raises.
+    """
+
+    _latest: ClassVar[Explorer | None] = None  # the one last touched: only it computes ahead
+
+    def __init__(self, problem: Denoising, methods: Sequence[str], *, n_samples: int = 16, seed: int = 0,
+                 store: Store | None = None, **knobs: Any) -> None:
+        if not methods:
+            raise ValueError("methods=(): expected at least one name")
+        self.problem, self.methods, self.store = problem, tuple(methods), store
+        specs = [workbench.get(name) for name in methods]
+        for name in knobs:
+            if not any(name in spec.knobs for spec in specs):
+                specs[0].check({name: None})  # raises, naming near matches
+        self._preset = {**problem.preset, **knobs}
+        self._knobs: dict[str, dict[str, Any]] = {}  # last knobs of each method
+        self._memo = Memo(128_000_000)
+        self._fresh = False  # whether a network was evaluated since the last look
+        self._shared = problem.wrapped(self._watched).wrapped(self._memo.wrap)
+        self._runs: dict[str, Run] = {}
+        self._timings: dict[str, Timing] = {}
+        self._pixels: dict[str, Tensor] = {}
+        self._failed: set[str] = set()
+        self._past: list[Inputs] = []
+        self._future: list[Inputs] = []
+        self._gesture: Any = None
+        self._score: _Score | None = None
+        self._frontier_n = n_samples
+        self._pinned: Run | None = None
+        self._status, self._notice, self._ack = "", "", ""
+        self._error: BaseException | None = None
+        self._listeners: list[Callable[[str, Any], None]] = []
+        self._change = threading.Condition(threading.RLock())
+        self._publishing = threading.Lock()
+        self._revision = 0
+        self._generation, self._touched, self._is_idle = 0, 0.0, False
+        self.run: Run | None = None
+        self.inputs = self._start = self._inputs(self.methods[0], seed, n_samples, {})
+        self.published: dict[str, Any] = {"spec": self._spec(), "view": {}, "frontier": {}, "frame": b"", "pinned": b"",
+                                          "reply": {}}
+        self._publish_view()
+        self.is_headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
+        if not self.is_headless:
+            threading.Thread(target=self._work, name="explorer", daemon=True).start()
+        self._wake()
+
+    # ---------------------------------------------------------------- what a notebook uses
+
+    @property
+    def runs(self) -> list[Run]:
+        """All Runs so far, also those made while idle; "drift" is among their quality once the reference is known."""
+        with self._change:
+            return list(self._runs.values())
+
+    @property
+    def view(self) -> dict[str, Any]:
+        return self.published["view"]
+
+    @property
+    def frontier(self) -> dict[str, Any]:
+        return self.published["frontier"]
+
+    @property
+    def frame(self) -> bytes:
+        return self.published["frame"]
+
+    @property
+    def score_running(self) -> bool:
+        return self._score is not None
+
+    def set(self, *, method: str | None = None, seed: int | None = None, n_samples: int | None = None,
+            **knobs: Any) -> None:
+        """Ask for other settings; what is not named stays. Raises what `workbench.inputs` raises, and then changes nothing."""
+        self._set({"method": method, "seed": seed, "n_samples": n_samples}, knobs)
+
+    def wait(self, timeout: float = 60, idle: bool = False) -> None:
+        """Until the settings are shown, with idle=True until idle work is done too. Raises what the worker caught, or TimeoutError."""
+        if self.is_headless:
+            while idle and (task := self._task()):
+                task(lambda: False)
+            return
+        with self._change:
+            ready = self._change.wait_for(lambda: self._error or (self._is_shown and (not idle or self._is_idle)), timeout)
+            if self._error is not None:
+                raise self._error
+            if not ready:
+                raise TimeoutError(f"not shown after {timeout} s: {self.inputs}")
+
+    def undo(self) -> None:
+        """Back to the settings before; nothing happens where there are none."""
+        self._travel(self._past, self._future)
+
+    def redo(self) -> None:
+        """Forward again after `undo`."""
+        self._travel(self._future, self._past)
+
+    def reset(self) -> None:
+        """The settings that the explorer was opened with; `undo` brings the others back."""
+        self._move(self._start)
+
+    def pin(self) -> None:
+        """Keep the shown run beside those that follow."""
+        with self._change:
+            self._pinned = self.run
+        self._publish("pinned", b"" if self._pinned is None else self._frame(self._pinned))
+        self._publish_view()
+
+    def unpin(self) -> None:
+        """Let the pinned run go."""
+        with self._change:
+            self._pinned = None
+        self._publish("pinned", b"")
+        self._publish_view()
+
+    @property
+    def link(self) -> str:
+        """A short text that holds the settings of the shown run; `load` takes it."""
+        return (self.run.inputs if self.run else self.inputs).permalink
+
+    def load(self, link: str) -> None:
+        """The settings of a link. Raises ValueError where it is none, or belongs to another problem or method."""
+        given = Inputs.from_permalink(link)
+        if given.digest != self.problem.digest:
+            raise ValueError(f"this link is of the problem {given.problem!r} (digest {given.digest[:12]}), here is "
+                             f"{self.problem.name!r} (digest {self.problem.digest[:12]})")
+        if given.method not in self.methods:
+            raise ValueError(f"this link uses the method {given.method!r}; this explorer has {', '.join(self.methods)}")
+        wanted = workbench.inputs(given.method, self.problem, given.seed, given.n_samples, **given.knobs)
+        self._move(wanted)
+        if wanted.code != given.code:
+            self._notice = f"the link was made with code {given.code}, here is {wanted.code}: numbers may differ"
+            self._publish_view()
+
+    def code(self) -> str:
+        """Python that reproduces the shown run: for your own pipeline where the problem knows how, else for the workbench."""
+        i = self.run.inputs if self.run else self.inputs
+        script = self.problem.code(i) if self.problem.code else None
+        if script:
+            return script
+        knobs = "".join(f",\n    {name}={value!r}" for name, value in i.knobs.items())
+        return (f"import workbench\n{self.problem.source}\n"
+                f"run = workbench.run(\n    {i.method!r}, problem, seed={i.seed}, n_samples={i.n_samples}{knobs},\n)\n"
+                "print(run.title, run.cost, dict(run.quality), sep=\"\\n\")\n")
+
+    def csv(self) -> str:
+        """All runs as comma-separated values: settings, cost per sample, quality with standard error and n."""
+        runs = self.runs
+        knobs = sorted({name for run in runs for name in run.knobs})
+        metrics = sorted({name for run in runs for name in run.quality})
+        out = io.StringIO()
+        rows = csv.writer(out)
+        rows.writerow(["key", "problem", "method", "seed", "n_samples", *knobs, "evaluations_per_sample", "flops_per_sample",
+                       "seconds", *(f"{m}{part}" for m in metrics for part in ("", "_stderr", "_n"))])
+        for run in runs:
+            i, timing = run.inputs, self._timings.get(run.inputs.key)
+            quality = [run.quality.get(m) for m in metrics]
+            rows.writerow([i.key, i.problem, i.method, i.seed, i.n_samples, *(i.knobs.get(name, "") for name in knobs),
+                           run.cost.total_evaluations / i.n_samples, run.cost.total_flops / i.n_samples,
+                           timing.seconds if timing else "",
+                           *(cell for q in quality for cell in ((q.value, q.stderr, q.n) if q else ("", "", "")))])
+        return out.getvalue()
+
+    def score(self, n_samples: int = 500) -> None:
+        """Grade the settings wanted with more samples, while idle; `stop_score` ends it early and keeps what there is."""
+        with self._change:
+            i = self.inputs
+            self._score = _Score(workbench.inputs(i.method, self.problem, i.seed, n_samples, **i.knobs))
+            self._wake(quiet=False)
+        self._publish_view()
+
+    def stop_score(self) -> None:
+        """End a long score; the samples made so far become a Run."""
+        with self._change:
+            if self._score is not None:
+                self._score.is_stopped = True
+                self._wake(quiet=False)
+
+    # ---------------------------------------------------------------- the front end's side
+
+    def subscribe(self, listener: Callable[[str, Any], None]) -> None:
+        """listener(name, value) is called for each thing published, from any thread; at once for what there is."""
+        with self._publishing:
+            self._listeners.append(listener)
+            for name, value in self.published.items():
+                listener(name, value)
+
+    def receive(self, intent: Mapping[str, Any]) -> None:
+        """One wish of the front end, a dict with "id" and "kind". What cannot be is shown as a notice, never raised."""
+        self._ack, self._notice = intent["id"], ""
+        actions: dict[str, Callable[[], object]] = {
+            "undo": self.undo, "redo": self.redo, "reset": self.reset, "pin": self.pin, "unpin": self.unpin,
+            "stop_score": self.stop_score,
+            "set": lambda: self._set(intent.get("state", {}), dict(intent.get("knobs", {})), intent.get("gesture")),
+            "load": lambda: self.load(intent["link"]),
+            "score": lambda: self.score(int(intent["n"])),
+            "frontier_n": lambda: self._show_n(int(intent["n"])),
+            "recall": lambda: self._move(self._runs[intent["key"]].inputs),
+            "code": lambda: self._reply(intent, text=self.code()),
+            "link": lambda: self._reply(intent, text=self.link),
+            "csv": lambda: self._reply(intent, text=self.csv()),
+            "peek": lambda: self._reply(intent, frame=base64.b64encode(self._frame(self._runs[intent["key"]])).decode()),
+        }
+        try:
+            actions[intent["kind"]]()
+        except (KeyError, TypeError, ValueError) as error:
+            self._notice = str(error.args[0]) if error.args else repr(error)
+        if self._notice or self.view.get("ack") != self._ack:
+            self._publish_view()
+
+    def _reply(self, intent: Mapping[str, Any], **content: Any) -> None:
+        self._publish("reply", {"id": intent["id"], "kind": intent["kind"], **content})
+
+    def _publish(self, name: str, value: Any) -> None:
+        with self._publishing:
+            self.published[name] = value
+            for listener in self._listeners:
+                listener(name, value)
+
+    def _publish_view(self) -> None:
+        with self._publishing:  # built inside, so that an older view never follows a newer one
+            with self._change:
+                self.published["view"] = self._view()
+            for listener in self._listeners:
+                listener("view", self.published["view"])
+
+    def _publish_frontier(self) -> None:
+        with self._publishing:
+            with self._change:
+                self.published["frontier"] = self._frontier()
+            for listener in self._listeners:
+                listener("frontier", self.published["frontier"])
+
+    # ---------------------------------------------------------------- settings
+
+    def _inputs(self, method: str, seed: int, n_samples: int, changes: Mapping[str, Any]) -> Inputs:
+        """Complete settings of a method: presets, then its last knobs, then those it shares with the method shown, then changes."""
+        spec = workbench.get(method)
+        if method not in self.methods:
+            raise ValueError(f"method={method!r}: this explorer has {', '.join(self.methods)}")
+        current = getattr(self, "inputs", None)
+        layers = (self._preset, self._knobs.get(method, {}), current.knobs if current else {})
+        known = {k: v for layer in layers for k, v in layer.items() if k in spec.knobs}
+        known.update(changes)
+        for name, bound in spec.knobs.items():
+            needs = bound.knob.needs.items()
+            if name not in changes and any(known.get(k, spec.knobs[k].default) != v for k, v in needs):
+                known.pop(name, None)  # without effect now: back to its default
+        return workbench.inputs(spec, self.problem, seed, n_samples, **known)
+
+    def _set(self, state: Mapping[str, Any], knobs: Mapping[str, Any], gesture: Any = None) -> None:
+        with self._change:
+            now = self.inputs
+            method, seed, n_samples = (now_value if state.get(name) is None else state[name] for name, now_value in
+                                       (("method", now.method), ("seed", now.seed), ("n_samples", now.n_samples)))
+            wanted = self._inputs(method, seed, n_samples, knobs)
+        self._move(wanted, gesture)
+
+    def _move(self, wanted: Inputs, gesture: Any = None) -> None:
+        """Make `wanted` the settings. Moves of one gesture (one drag) are one step of the history."""
+        self._strip(wanted)  # raises for shares or steps that the problem does not have
+        with self._change:
+            if wanted != self.inputs:
+                if gesture is None or gesture != self._gesture:
+                    self._past.append(self.inputs)
+                self._future.clear()
+            self._gesture = gesture
+            self._go(wanted)
+        self._publish_view()
+
+    def _travel(self, source: list[Inputs], target: list[Inputs]) -> None:
+        with self._change:
+            if source:
+                target.append(self.inputs)
+                self._gesture = None
+                self._go(source.pop())
+        self._publish_view()
+
+    def _go(self, wanted: Inputs) -> None:
+        if wanted == self.inputs and self._error is None:
+            return
+        if wanted.n_samples != self.inputs.n_samples:
+            self._frontier_n = wanted.n_samples
+        self.inputs = wanted
+        self._knobs[wanted.method] = dict(wanted.knobs)
+        self._wake()
+
+    def _show_n(self, n: int) -> None:
+        self._frontier_n = n
+        self._publish_frontier()
+
+    # ---------------------------------------------------------------- the worker
+
+    @property
+    def _is_shown(self) -> bool:
+        return self.run is not None and self.run.inputs == self.inputs
+
+    def _wake(self, quiet: bool = True) -> None:
+        """Overtake whatever is under way. quiet: idle work waits until the hand rests."""
+        with self._change:
+            self._generation += 1
+            self._error, self._is_idle = None, False
+            self._touched = time.monotonic() if quiet else 0.0
+            Explorer._latest = self
+            self._change.notify_all()
+        if self.is_headless:
+            self._show(lambda: False)
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                generation = self._generation
+                task = self._show if not self._is_shown and self._error is None else None
+                if task is None:
+                    rest = self._touched + QUIET - time.monotonic()
+                    if rest > 0:
+                        self._change.wait(rest)
+                        continue
+                    task = self._task() if self._error is None else None
+                    if task is None:
+                        self._is_idle = True
+                        self._change.notify_all()
+            if task is None:
+                self._tell("")
+                with self._change:
+                    if generation == self._generation:
+                        self._change.wait()
+                continue
+            try:
+                task(lambda generation=generation: self._generation != generation)
+            except Cancelled:
+                pass
+            except Exception as error:  # noqa: BLE001  kept for wait() and shown; the sliders live on
+                with self._change:
+                    if generation == self._generation:
+                        self._error = error
+                        self._change.notify_all()
+                self._publish_view()
+
+    def _show(self, overtaken: Stop) -> None:
+        """Run the settings wanted, with previews on the way, and show the result."""
+        wanted = self.inputs
+        run = self._known(wanted)
+        if run is None:
+            run = self._run_with_previews(wanted, overtaken)
+        else:
+            self._publish("frame", self._frame(run))
+        with self._change:
+            self.run = self._keep(run)
+            self._status = ""
+            self._change.notify_all()
+        self._publish_view()
+        self._publish_frontier()
+
+    def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
+        begin, drawn, interval = time.monotonic(), -math.inf, FRAME
+        has_drawn = False
+        self._fresh = False
+
+        def on_step(step: Step) -> None:
+            nonlocal drawn, interval, has_drawn
+            is_last = step.info["there"].sigma == 0
+            # steps answered from memory take no time and would only flash by
+            if is_last or (self._fresh and time.monotonic() - drawn >= interval):
+                before = time.monotonic()
+                pixels = self._picture(step.state if is_last else step.info["x0"])
+                self._publish("frame", self._frame(wanted, pixels, step.info["i"] + 1))
+                drawn, has_drawn = time.monotonic(), True
+                interval = max(FRAME, 4 * (drawn - before))  # previews take a fifth of the time at most
+            self._fresh = False
+
+        def stop() -> bool:
+            return overtaken() and has_drawn and time.monotonic() - begin > GRACE
+
+        return workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples, stop=stop, on_step=on_step,
+                             **wanted.knobs)
+
+    def _task(self) -> Callable[[Stop], None] | None:
+        """The next useful thing while nobody asks: a long score, the rivals, the time, then neighbours of the settings."""
+        if self.run is None:
+            return None
+        if self._score is not None:
+            return self._score_batch
+        shown = self.run.inputs
+        for name in ("reference", "baseline"):
+            rival = self._rival(name, shown)
+            if rival.key not in self._runs and rival.key not in self._failed:
+                return lambda stop: self._fill(rival, stop, f"computing the {name}")
+        if shown.key not in self._timings:
+            return self._time
+        if Explorer._latest is self:
+            missing = [i for i in self._neighbours(shown) if i.key not in self._runs and i.key not in self._failed]
+            if missing:
+                return lambda stop: self._fill(missing[0], stop, f"filling in {len(missing)} neighbouring settings")
+        return None
+
+    def _fill(self, wanted: Inputs, stop: Stop, status: str) -> None:
+        self._tell(status)
+        try:
+            run = self._known(wanted) or workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples,
+                                                       stop=stop, **wanted.knobs)
+        except Cancelled:
+            raise
+        except Exception:
+            self._failed.add(wanted.key)
+            raise
+        with self._change:
+            self._keep(run)
+        self._publish_frontier()
+        if wanted == self._rival("reference", self.inputs):
+            self._publish_view()
+
+    def _time(self, stop: Stop) -> None:
+        self._tell("measuring time")
+        i = self.run.inputs
+        self._timings[i.key] = workbench.timed(i.method, self.problem, i.seed, i.n_samples, repeats=3, stop=stop, **i.knobs)
+        self._publish_view()
+
+    def _score_batch(self, stop: Stop) -> None:
+        """The next batch of a long score, or its end. A batch cut short is drawn again; sample i is the same in any batch."""
+        score = self._score
+        given, first = score.inputs, score.n_done
+        if score.is_stopped or first == given.n_samples:
+            self._finish(score)
+            return
+        begin, size = time.monotonic(), min(BATCH, given.n_samples - first)
+        labels = self.problem.labels(first + size)
+        part = replace(self.problem, labels=lambda n: None if labels is None else labels[first : first + n])
+        meter = Meter(part.flops)
+        for step in METHODS[given.method].function(part.wrapped(meter.wrap), Rng(given.seed, size, first), **given.knobs):
+            if stop():
+                raise Cancelled
+        score.parts.append(step.state)
+        score.costs.append(meter.cost)
+        score.seconds += time.monotonic() - begin
+        self._tell("scoring")
+
+    def _finish(self, score: _Score) -> None:
+        run = None
+        if score.parts:
+            answer = torch.cat(score.parts)
+            given = replace(score.inputs, n_samples=len(answer))
+            cost = Cost(*({name: sum(getattr(c, part)[name] for c in score.costs) for name in self.problem.flops}
+                          for part in ("evaluations", "calls", "flops")))
+            run = Run(given, cost, self.problem.judge(answer, self.problem.labels(len(answer))), environment(answer), answer)
+        with self._change:
+            self._score = None
+            if run is not None:
+                self._keep(run)
+                self._frontier_n = len(run.answer)
+        self._publish_frontier()
+        self._tell("")
+
+    def _tell(self, status: str) -> None:
+        self._status = status
+        self._publish_view()
+
+    def _watched(self, name: str, network: Network) -> Network:
+        def watched(*rows: Tensor | None) -> Tensor:
+            self._fresh = True
+            return network(*rows)
+
+        return watched
+
+    def _known(self, wanted: Inputs) -> Run | None:
+        run = self._runs.get(wanted.key)
+        return self.store.get(wanted) if run is None and self.store is not None else run
+
+    def _keep(self, run: Run) -> Run:
+        """Remember a run; give it, or all runs that wait for it as their reference, their distance from the reference."""
+        key = run.inputs.key
+        if self.store is not None and key not in self._runs and self.store.get(run.inputs) is None:
+            self.store.put(run)
+        self._runs.setdefault(key, run)
+        for other in list(self._runs.values()) if self._rival("reference", run.inputs).key == key else [self._runs[key]]:
+            reference = self._runs.get(self._rival("reference", other.inputs).key)
+            if reference is not None and "drift" not in other.quality:
+                far = drift(*(self._drawn(r).double() / (255 if self.problem.images else 1) for r in (other, reference)))
+                graded = replace(other, quality={**other.quality, "drift": far})
+                self._runs[other.inputs.key] = graded
+                if self.run is not None and self.run.inputs == other.inputs:
+                    self.run = graded
+        return self._runs[key]
+
+    def _rival(self, name: str, like: Inputs) -> Inputs:
+        """The reference or the baseline for settings: same noise, labels and guidance."""
+        method, knobs = getattr(self.problem, name)
+        shared = {k: like.knobs[k] for k in ("guidance",) if k in like.knobs and k in METHODS[method].knobs}
+        return workbench.inputs(method, self.problem, like.seed, like.n_samples, **{**knobs, **shared})
+
+    def _neighbours(self, now: Inputs) -> Iterator[Inputs]:
+        """Settings that a hand may reach next, nearest first: other switch points, or other numbers of steps."""
+        n_steps = now.knobs.get("n_steps", 0)
+        changes: list[dict[str, Any]]
+        if "fractions" in now.knobs and len(self.problem.models) > 1:
+            reached = [0.0, *self._strip(now)["reached"]]
+            shares = full_fractions(now.knobs["fractions"], len(self.problem.models))
+            ends = [sum(shares[: k + 1]) for k in range(len(shares) - 1)]
+            moved = [[*ends[:k], r, *ends[k + 1 :]] for k in range(len(ends)) for r in reached]
+            moved = sorted((e for e in moved if e == sorted(e)), key=lambda e: sum(abs(a - b) for a, b in zip(e, ends, strict=True)))
+            changes = [{"fractions": _differences(e)} for e in moved]
+        else:
+            changes = [{"n_steps": n} for n in sorted(BUDGETS, key=lambda n: abs(math.log(n / max(n_steps, 1))))]
+        for change in changes:
+            yield workbench.inputs(now.method, self.problem, now.seed, now.n_samples, **{**now.knobs, **change})
+
+    # ---------------------------------------------------------------- what is drawn
+
+    def _picture(self, state: Tensor) -> Tensor:
+        """Samples as they are drawn: (n, H, W[, 3]) uint8, or (n, D) float32 where they are no pictures."""
+        if self.problem.images is None:
+            return state.detach().flatten(1).float().cpu()
+        with torch.no_grad():
+            return self.problem.images(state)
+
+    def _drawn(self, run: Run) -> Tensor:
+        key = run.inputs.key
+        if key not in self._pixels:
+            self._pixels[key] = self._picture(run.answer)
+        return self._pixels[key]
+
+    def _frame(self, of: Run | Inputs, pixels: Tensor | None = None, step: int | None = None) -> bytes:
+        """Length of the header (4 bytes, little-endian), header (JSON), values. One message, so title and picture agree."""
+        given = of.inputs if isinstance(of, Run) else of
+        pixels = self._drawn(of) if isinstance(of, Run) else pixels
+        total = given.knobs.get("n_steps", 1)
+        self._revision += 1
+        header = {"revision": self._revision, "key": given.key, "title": self._title(given), "shape": list(pixels.shape),
+                  "step": total if step is None else step, "of": total}
+        head = json.dumps(header).encode()
+        return struct.pack("<I", len(head)) + head + pixels.contiguous().numpy().tobytes()
+
+    @cached_property
+    def _letters(self) -> list[str]:
+        names = [m.name for m in self.problem.models]
+        letters = [name if len(name) <= 2 else name[0].upper() for name in names]
+        return letters if len(set(letters)) == len(letters) else [str(i + 1) for i in range(len(names))]
+
+    def _spec(self) -> dict[str, Any]:
+        """What stays as it is: models, methods with their knobs, metrics."""
+        def knob(b: Any) -> dict[str, Any]:
+            k = b.knob
+            return {"name": b.name, "kind": b.kind.__name__, "help": k.help, "low": k.low, "high": k.high, "soft": k.soft,
+                    "step": k.step, "scale": k.scale, "unit": k.unit, "choices": k.choices, "needs": dict(k.needs),
+                    "start": self._start.knobs.get(b.name, self._preset.get(b.name, b.default))}
+
+        methods = [{"name": m.name, "summary": m.summary, "source": m.source, "knobs": [knob(b) for b in m.knobs.values()]}
+                   for m in map(workbench.get, self.methods)]
+        models = [{"name": m.name, "letter": letter} for m, letter in zip(self.problem.models, self._letters, strict=True)]
+        metrics = {m.name: {"label": m.label, "unit": m.unit, "higher": m.higher_is_better, "min_n": m.min_n, "help": m.help}
+                   for m in METRICS.values()}
+        return {"problem": self.problem.name, "is_image": self.problem.images is not None, "models": models,
+                "methods": methods, "metrics": metrics, "scores": SCORES}
+
+    def _strip(self, given: Inputs) -> dict[str, Any]:
+        """The trajectory: share reached after each step, log-SNR before it, and steps per model, cheapest first."""
+        knobs, models = given.knobs, self.problem.models
+        n_steps, schedule = knobs.get("n_steps", 1), self.problem.schedule
+        level = grid(schedule, n_steps, knobs.get("spacing", "trailing"))
+        boundary = knobs.get("boundary", "step")
+        if boundary == "timestep":
+            first = schedule.progress(level[0].t)
+            reached = [(schedule.progress(p.t) - first) / (1 - first) for p in level[1:]]
+        elif boundary == "log_snr":
+            low, high = level[0].log_snr, schedule.at(schedule.cleanest).log_snr
+            reached = [(p.log_snr - low) / (high - low) for p in level[1:]]
+        else:
+            reached = [(i + 1) / n_steps for i in range(n_steps)]
+        reached[-1] = 1.0
+        if "fractions" in knobs:
+            shares = full_fractions(knobs["fractions"], len(models))
+            is_reversed = knobs.get("order") == "costly_first"
+            counts = step_counts(shares[::-1] if is_reversed else shares, level, schedule, boundary)
+            counts = counts[::-1] if is_reversed else counts
+        else:
+            owner = 0 if knobs.get("model") == "cheapest" else len(models) - 1
+            counts = tuple(n_steps * (k == owner) for k in range(len(models)))
+        return {"reached": reached, "log_snr": [round(p.log_snr, 3) for p in level[:-1]], "counts": counts}
+
+    def _title(self, given: Inputs) -> str:
+        """The settings in a line: steps, the steps of each model, guidance, and all that differs from the presets."""
+        words = [given.method]
+        for name, value in given.knobs.items():
+            if name == "fractions":
+                counts = zip(self._letters, self._strip(given)["counts"], strict=True)
+                words.append(" + ".join(f"{letter} {count}" for letter, count in counts))
+            elif name == "n_steps":
+                words.append(f"{value} steps" if value != 1 else "1 step")
+            elif name == "guidance" or value != METHODS[given.method].knobs[name].default:
+                words.append(f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}")
+        return " · ".join([*words, f"seed {given.seed}", f"{given.n_samples} samples"])
+
+    def _card(self, run: Run) -> dict[str, Any]:
+        """A run's title, cost per sample and quality, for the front end."""
+        i, n = run.inputs, run.inputs.n_samples
+        timing = self._timings.get(i.key)
+        alike = (r for r in self._runs.values() if (r.inputs.method, r.inputs.seed, r.inputs.knobs) == (i.method, i.seed, i.knobs))
+        larger = max(alike, key=lambda r: r.inputs.n_samples, default=run)
+        quality = {**larger.quality, **{k: q for k, q in run.quality.items() if k not in larger.quality}}
+        return {
+            "key": i.key, "title": self._title(i), "full": run.title, "method": i.method, "knobs": dict(i.knobs), "n": n,
+            "evaluations": [run.cost.evaluations[m.name] / n for m in self.problem.models],
+            "flops": [run.cost.flops[m.name] / n for m in self.problem.models],
+            "quality": {k: [_finite(q.value), _finite(q.stderr), q.n] for k, q in quality.items()},
+            "timing": timing and {
+                "ms": 1e3 * timing.seconds, "spread": 1e3 * timing.spread, "repeats": timing.repeats,
+                "by_model": [1e3 * timing.by_model[m.name] for m in self.problem.models],
+                "peak_mb": timing.peak_bytes / 1e6, "machine": timing.machine},
+        }
+
+    def _view(self) -> dict[str, Any]:
+        """All that changes, but for pictures and the frontier's points."""
+        i, score = self.inputs, self._score
+        reference = self._runs.get(self._rival("reference", self.run.inputs).key) if self.run else None
+        return {
+            "ack": self._ack, "is_stale": not self._is_shown, "status": self._status, "notice": self._notice,
+            "error": "" if self._error is None else f"{type(self._error).__name__}: {self._error}",
+            "state": {"method": i.method, "knobs": dict(i.knobs), "seed": i.seed, "n_samples": i.n_samples},
+            "strip": self._strip(i), "can_undo": bool(self._past), "can_redo": bool(self._future),
+            "shown": self._card(self.run) if self.run else None,
+            "pinned": self._card(self._pinned) if self._pinned else None,
+            "reference": self._card(reference) if reference else None,
+            "score": score and {
+                "done": score.n_done, "n": score.inputs.n_samples, "title": self._title(score.inputs),
+                "eta": score.seconds / score.n_done * (score.inputs.n_samples - score.n_done) if score.parts else None},
+        }
+
+    def _frontier(self) -> dict[str, Any]:
+        """Points by metric, of the runs with the number of samples chosen; seeds of one setting are one point."""
+        runs = list(self._runs.values())
+        chosen = [r for r in runs if r.inputs.n_samples == self._frontier_n]
+        like = replace(self.run.inputs, n_samples=self._frontier_n) if self.run else None
+        rivals = {self._rival(name, like).key: name for name in ("reference", "baseline")} if like else {}
+        metrics: dict[str, list[dict[str, Any]]] = {}
+        for metric in sorted({m for r in chosen for m in r.quality}):
+            metrics[metric] = [
+                {"keys": [r.inputs.key for r in p.runs], "method": p.runs[0].inputs.method, "flops": p.flops,
+                 "evaluations": p.evaluations, "value": p.value, "stderr": _finite(p.stderr), "n": p.n,
+                 "role": next((rivals[r.inputs.key] for r in p.runs if r.inputs.key in rivals), "")}
+                for p in points(chosen, metric) if math.isfinite(p.value)]
+        ns = sorted({r.inputs.n_samples for r in runs} | {self._frontier_n})
+        return {"n": self._frontier_n, "ns": ns, "metrics": metrics, "titles": {r.inputs.key: self._title(r.inputs) for r in chosen}}
+
+    @cached_property
+    def widget(self) -> ExplorerWidget:
+        """The one widget of this explorer; it may be displayed any number of times."""
+        return ExplorerWidget(self)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        if self.is_headless:
+            return {"text/plain": f"Explorer on {self.problem.name}: {self._title(self.inputs)}"}
+        return self.widget._repr_mimebundle_(**kwargs)
+
+
+class ExplorerWidget(anywidget.AnyWidget):
+    """An Explorer in JupyterLab. Wishes come as messages and results go as traits, so that each is set by one side only."""
+
+    _esm = HERE / "explorer.js"
+    _css = HERE / "explorer.css"
+    spec = traitlets.Dict().tag(sync=True)
+    view = traitlets.Dict().tag(sync=True)
+    frontier = traitlets.Dict().tag(sync=True)
+    reply = traitlets.Dict().tag(sync=True)
+    frame = traitlets.Bytes().tag(sync=True)
+    pinned = traitlets.Bytes().tag(sync=True)
+
+    def __init__(self, explorer: Explorer) -> None:
+        super().__init__()
+        self.on_msg(lambda widget, intent, buffers: explorer.receive(intent))
+        explorer.subscribe(lambda name, value: setattr(self, name, value))
+
+
+def explorer(problem: Denoising, methods: Sequence[str] = ("t_stitch", "ddim", "dpmpp_2m"), *, n_samples: int = 16,
+             seed: int = 0, store: Store | None = None, **knobs: Any) -> Explorer:
+    """Explore methods on a problem: drag knobs and switch points, see samples, cost and quality live.
+
+    knobs: starting values, for the methods that have them. store: where runs are looked up and kept.
+    Raises what `workbench.inputs` raises for settings that cannot be.
+    """
+    return Explorer(problem, methods, n_samples=n_samples, seed=seed, store=store, **knobs)
+
+
+def _differences(ends: Sequence[float]) -> tuple[float, ...]:
+    """Shares from cumulated shares, rounded so that equal settings get equal keys."""
+    return tuple(round(b - a, 12) for a, b in zip([0.0, *ends[:-1]], ends, strict=True))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

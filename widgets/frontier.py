@@ -1,0 +1,162 @@
+"""Static figures: quality against cost, and quality against a knob; HoloViews on matplotlib, so they need no front end."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.frontier import Point, pareto
+from workbench.quality import METRICS
+
+if TYPE_CHECKING:
+    import holoviews
+    import pandas
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe-Ito; the markers differ too
+MARKERS = ("o", "^", "D", "v", "P", "X")
+COSTS = {"flops": "FLOPs per sample", "evaluations": "evaluations per sample"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that shows itself in a notebook as a picture. element: the HoloViews object; frame: the numbers drawn."""
+
+    element: holoviews.core.Dimensioned
+    frame: pandas.DataFrame
+
+    def render(self, form: str, dpi: int = 110) -> bytes:
+        """The figure as a file of that form, "png" or "svg"."""
+        hv = _holoviews()
+        figure = hv.render(self.element, backend="matplotlib")
+        out = io.BytesIO()
+        figure.savefig(out, format=form, dpi=dpi, bbox_inches="tight", facecolor="white")
+        return out.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.render("png")
+
+
+def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | None = None, baseline: Point | None = None,
+                  title: str | None = None, cost: str = "flops", label: Callable[[Point], str] | None = None) -> Figure:
+    """Quality against cost per sample, one marker per setting with its standard error, and the Pareto front as a line.
+
+    points: of `workbench.points`. reference, baseline: points drawn as a star and a square, and named. cost: "flops" or
+    "evaluations". label(point): text beside a point, "" for none. Raises KeyError for an unknown metric or cost.
+    """
+    import pandas as pd
+
+    hv, m = _holoviews(), METRICS[metric]
+    x, y = hv.Dimension(cost, label=COSTS[cost]), hv.Dimension(metric, label=_axis(m.label, m.unit) + _better(m))
+    rows, layers = [], []
+
+    def draw(some: Sequence[Point], name: str, **style: Any) -> None:
+        table = [(getattr(p, cost), p.value, p.stderr if p.stderr == p.stderr else 0.0) for p in some]
+        rows.extend({"series": name, **_setting(p), cost: p_cost, metric: p.value, "stderr": p.stderr, "n": p.n}
+                    for p, (p_cost, _, _) in zip(some, table, strict=True))
+        bars = hv.ErrorBars(table, x, [y, "stderr"]).opts(edgecolor=style["color"], linewidth=1.2, capsize=2)
+        layers.extend([bars, hv.Scatter(table, x, [y, "stderr"], label=name).opts(**style)])
+
+    rivals = [p for p in (reference, baseline) if p is not None]
+    front = sorted(pareto([*points, *rivals], metric) if cost == "flops" else _pareto([*points, *rivals], metric, cost),
+                   key=lambda p: getattr(p, cost))
+    layers.append(hv.Curve([(getattr(p, cost), p.value) for p in front], x, y, label="Pareto front").opts(
+        color="#555555", linestyle="--", linewidth=1.2))
+    methods = sorted({p.runs[0].inputs.method for p in points})
+    for k, method in enumerate(methods):
+        draw([p for p in points if p.runs[0].inputs.method == method and p not in rivals], method,
+             color=COLOURS[k % 6], marker=MARKERS[k % 6], s=45)
+    if reference is not None:
+        draw([reference], f"reference: {reference.runs[0].inputs.method}", color="#000000", marker="*", s=190)
+    if baseline is not None:
+        draw([baseline], f"baseline: {baseline.runs[0].inputs.method}", color="#000000", marker="s", s=60)
+    if label is not None:
+        layers.extend(hv.Text(getattr(p, cost), p.value, "  " + label(p), halign="left", valign="bottom", fontsize=8)
+                      for p in points if label(p))
+    overlay = hv.Overlay(layers).opts(
+        hv.opts.Overlay(logx=True, title=title or f"{m.label} against cost", show_grid=True, aspect=1.6, fig_inches=6.5,
+                        legend_position="right", fontsize={"title": 11, "labels": 10}))
+    return Figure(overlay, pd.DataFrame(rows))
+
+
+def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_label: str, y_label: str,
+               title: str | None = None, published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+               published_label: str | None = None, published_title: str = "as published") -> Figure:
+    """Curves of (x, y, standard error) triples; beside them, on axes of their own, published (x, y) pairs.
+
+    published numbers come from other data, so they are never drawn on our axes: published_label names their y axis.
+    """
+    import pandas as pd
+
+    hv = _holoviews()
+    rows = [{"series": name, "source": "ours", x_label: x, y_label: y, "stderr": e}
+            for name, triples in series.items() for x, y, e in triples]
+    names = list(dict.fromkeys([*series, *(published or {})]))  # one look per name on both sides
+
+    def overlay(data: Mapping[str, Sequence[Any]], y_text: str, heading: str) -> Any:
+        layers = []
+        for name, entries in data.items():
+            k = names.index(name) % 6
+            table = [(e[0], e[1], e[2] if len(e) > 2 and e[2] == e[2] else 0.0) for e in entries]
+            x, y = hv.Dimension("x", label=x_label), hv.Dimension("y", label=y_text)
+            layers += [
+                hv.Curve(table, x, y, label=name).opts(color=COLOURS[k], linewidth=1.4),
+                hv.ErrorBars(table, x, [y, "stderr"]).opts(edgecolor=COLOURS[k], linewidth=1.2, capsize=2),
+                hv.Scatter(table, x, y, label=name).opts(color=COLOURS[k], marker=MARKERS[k], s=45),
+            ]
+        return hv.Overlay(layers).opts(hv.opts.Overlay(title=heading, show_grid=True, aspect=1.3, fig_inches=5,
+                                                       legend_position="best", fontsize={"title": 11, "labels": 10}))
+
+    figure = overlay(series, y_label, title or f"{y_label} against {x_label}")
+    if published:
+        rows += [{"series": name, "source": published_title, x_label: x, y_label: y, "stderr": float("nan")}
+                 for name, pairs in published.items() for x, y in pairs]
+        beside = overlay(published, published_label or y_label, published_title)
+        figure = (figure + beside).opts(hv.opts.Layout(sublabel_format="", tight=True, shared_axes=False, hspace=0.3))
+    return Figure(figure, pd.DataFrame(rows))
+
+
+def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None) -> Figure:
+    """Write <folder>/<name>.png, .svg and .csv, and return the figure, so that it also shows; an empty folder only shows."""
+    if folder:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{name}.png").write_bytes(figure.render("png", dpi=200))
+        (target / f"{name}.svg").write_bytes(figure.render("svg"))
+        figure.frame.to_csv(target / f"{name}.csv", index=False)
+    return figure
+
+
+def _holoviews() -> Any:
+    """HoloViews with its matplotlib backend, loaded without `hv.extension`, which would write scripts into the notebook."""
+    import holoviews as hv
+    import holoviews.plotting.mpl
+
+    hv.Store.set_current_backend("matplotlib")
+    return hv
+
+
+def _setting(point: Point) -> dict[str, Any]:
+    i = point.runs[0].inputs
+    seeds = " ".join(str(r.inputs.seed) for r in point.runs)
+    return {"method": i.method, "problem": i.problem, "n_samples": i.n_samples, "seeds": seeds, **i.knobs}
+
+
+def _pareto(candidates: Sequence[Point], metric: str, cost: str) -> list[Point]:
+    sign = -1 if METRICS[metric].higher_is_better else 1
+    front: list[Point] = []
+    for point in sorted(candidates, key=lambda p: (getattr(p, cost), sign * p.value)):
+        if not front or sign * point.value < sign * front[-1].value:
+            front.append(point)
+    return front
+
+
+def _axis(label: str, unit: str) -> str:
+    return f"{label} ({unit})" if unit else label
+
+
+def _better(metric: Any) -> str:
+    return ", higher is better" if metric.higher_is_better else ", lower is better"

@@ -1,0 +1,61 @@
+"""The embedded problem: letters and digits drawn by a family of three latent diffusion models, S, B and L."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from workbench.problems.denoising import Denoising
+from workbench.problems.pipelines import decode, from_pipelines
+from workbench.quality import Quality, frechet, kernel_distance, proportion
+
+SIZES = ("s", "b", "l")
+GUIDANCE = 2.0
+
+
+def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: float = GUIDANCE) -> Denoising:
+    """Class-conditional glyphs, 36 classes, 24x24 grey, latents (8, 6, 6).
+
+    sizes: which models, cheapest first, of "s", "b", "l". text: the characters to draw, sample i draws
+    text[i % len(text)] (default: all 36 in turn). guidance: of the presets, the reference and the baseline.
+    Judged by label accuracy; from 100 samples on also by the Frechet and the kernel distance of classifier features
+    to held-out data. Raises ValueError for an unknown size or character.
+    """
+    from workbench import zoo  # the models' libraries load only once models are wanted
+
+    sizes = tuple(s.lower() for s in sizes)
+    if not sizes or any(s not in SIZES for s in sizes) or list(sizes) != sorted(set(sizes), key=SIZES.index):
+        raise ValueError(f"sizes={sizes}: expected some of {', '.join(SIZES)}, cheapest first")
+    characters = zoo.CLASSES if text is None else "".join(text.upper().split())
+    unknown = sorted(set(characters) - set(zoo.CLASSES))
+    if unknown or not characters:
+        raise ValueError(f"text={text!r}: expected characters of {zoo.CLASSES}, got {unknown or 'none'}")
+    pipes = [zoo.load_pipeline(size) for size in sizes]
+
+    def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
+        assert labels is not None
+        classifier = zoo.load_classifier()
+        with torch.no_grad():
+            pictures = torch.cat([decode(pipes[-1], part) for part in answer.split(500)])
+            features, read = classifier.judge(pictures)
+        figures = {"label_accuracy": proportion(read == labels)}
+        if len(answer) >= 100 and text is None:  # a chosen text does not follow the data's law
+            figures["frechet_distance"] = frechet(features, classifier.reference_mean, classifier.reference_cov)
+            figures["kernel_distance"] = kernel_distance(features, _reference_features())
+        return figures
+
+    return from_pipelines(
+        *pipes, conditions=[zoo.CLASSES.index(c) for c in characters], names=[s.upper() for s in sizes], judge=judge,
+        loaders=[f"load_pipeline({s!r})" for s in sizes], name="glyphs " + "-".join(s.upper() for s in sizes)
+        + (f" {characters}" if text else ""), guidance=guidance, digest="-".join(zoo.weights_digest(s)[:12] for s in sizes),
+        source=f"from workbench.problems.glyphs import glyphs\n\nproblem = glyphs({sizes}, text={text!r})")
+
+
+@cache
+def _reference_features() -> Tensor:
+    from workbench import zoo
+
+    return zoo.load_classifier().judge(zoo.glyphs(2000, "held_out", seed=1)[0])[0]

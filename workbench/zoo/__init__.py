@@ -1,0 +1,92 @@
+"""The embedded models: a data set that can be sampled at will, its judge, and diffusion models S, B and L.
+
+Importing this package costs nothing; diffusers, matplotlib and PIL are imported where they are first needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Not lazily: once bound here, the function keeps its name against the submodule of the same name.
+from workbench.zoo.glyphs import CLASSES, glyphs
+
+if TYPE_CHECKING:
+    from workbench.zoo.classifier import GlyphClassifier, load_classifier
+    from workbench.zoo.pipeline import GlyphPipeline
+
+WEIGHTS: Path = Path(__file__).resolve().parent / "weights"
+SIZES = ("s", "b", "l")
+
+__all__ = [
+    "CLASSES",
+    "SIZES",
+    "WEIGHTS",
+    "GlyphClassifier",
+    "GlyphPipeline",
+    "glyphs",
+    "load_classifier",
+    "load_pipeline",
+    "weights_digest",
+]
+
+_LAZY = {
+    "GlyphClassifier": "classifier",
+    "load_classifier": "classifier",
+    "GlyphPipeline": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _folder(size: str) -> Path:
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; it must be one of {', '.join(map(repr, SIZES))}")
+    return WEIGHTS / f"glyphs-{size}"
+
+
+def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
+    """A fresh pipeline of one size, float32 on the CPU unless `options` (of from_pretrained) say otherwise.
+
+    Raises:
+        ValueError: for an unknown size.
+    """
+    import torch
+
+    from workbench.zoo.pipeline import GlyphPipeline
+
+    return GlyphPipeline.from_pretrained(_folder(size), **{"torch_dtype": torch.float32, **options})
+
+
+def weights_digest(size: str) -> str:
+    """The sha256 (64 hex digits) over all safetensors of one size, each preceded by its relative path.
+
+    It is computed again only where a file's time or length changed. Use it as a part of cache keys.
+
+    Raises:
+        ValueError: for an unknown size.
+    """
+    folder = _folder(size)
+    files = sorted(folder.rglob("*.safetensors"))
+    stamp = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return _digest(folder, stamp)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(folder: Path, stamp: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for file, _, _ in stamp:
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
