@@ -126,13 +126,14 @@ def test_energy_distance_by_loops_with_its_jackknife():
             return sum(math.dist(p, q) for p in a.tolist() for q in b.tolist()) / pairs
 
         n, m = len(x), len(y)
-        return math.sqrt(2 * mean(x, y, n * m) - mean(x, x, n * (n - 1)) - mean(y, y, m * (m - 1)))
+        return 2 * mean(x, y, n * m) - mean(x, x, n * (n - 1)) - mean(y, y, m * (m - 1))
 
     left_out = [by_loops(x[[i for i in range(43) if i % 20 != g]]) for g in range(20)]
     centre = sum(left_out) / 20
     made = energy_distance(x, y)
-    assert made.value == pytest.approx(by_loops(x), rel=1e-9)
-    assert made.stderr == pytest.approx(math.sqrt(19 / 20 * sum((v - centre) ** 2 for v in left_out)), rel=1e-6)
+    spread = math.sqrt(19 / 20 * sum((v - centre) ** 2 for v in left_out))
+    assert made.value == pytest.approx(math.sqrt(by_loops(x)), rel=1e-9)
+    assert made.value + made.stderr == pytest.approx(math.sqrt(by_loops(x) + spread), rel=1e-9)
     assert made.n == 43 and math.isnan(energy_distance(x[:39], y).stderr)
 
 
@@ -143,7 +144,9 @@ def test_energy_distance_is_near_zero_only_under_one_law():
     truth = math.sqrt(2 * folded - 4 / math.sqrt(math.pi))
     apart = energy_distance(normal(n, 1, 0) + shift, normal(n, 1, 1))
     assert apart.value == pytest.approx(truth, abs=0.1)  # spread of the difference of two means of 2000: 0.03
-    assert energy_distance(normal(n, 1, 0), normal(n, 1, 1)).value < 0.1 < apart.value
+    same = [energy_distance(normal(n, 1, i), normal(n, 1, 100 + i)) for i in range(6)]
+    assert max(q.value for q in same) < 0.1 < apart.value
+    assert min(q.stderr for q in same) > 0.005  # a distance shown as 0 is not shown as certain
 
 
 def test_wasserstein_1_against_scipy():

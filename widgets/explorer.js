@@ -286,7 +286,7 @@ function render({ model, el }) {
   function change(part) {
     Object.assign(local, part.state);
     Object.assign(local.knobs, part.knobs);
-    drawControls();
+    redraw(drawControls);
     if (!(held && onRelease.checked)) ask({ kind: "set", state: { ...part.state }, knobs: { ...part.knobs }, gesture: `${client}-${gesture}` });
     else unsent = { state: { ...unsent?.state, ...part.state }, knobs: { ...unsent?.knobs, ...part.knobs } };
   }
@@ -342,7 +342,9 @@ function render({ model, el }) {
   const axis = s("g", { class: "wb-axis" });
   const progress = s("rect", { class: "wb-progress", y: 44, height: 3, x: 0, width: 0 });
   const strip = s("svg", { class: "wb-strip", height: 78, "data-testid": "strip", role: "group", "aria-label": "trajectory: which model takes which step" }, cells, progress, axis);
-  const legend = h("div", { class: "wb-legend", "data-testid": "counts" });
+  const chips = spec.models.map(() => h("b"));
+  const legend = h("div", { class: "wb-legend", "data-testid": "counts" }, ...spec.models.map((entry, m) => h("span", { class: "wb-chip" },
+    h("i", { style: `background:${colour(m)}` }, entry.letter), entry.name === entry.letter ? "" : `${entry.name} `, chips[m])), "steps");
   const EDGE = 12; // room for handles at both ends
   let stripWidth = 600; // kept, because asking for it at every event would make the browser lay the page out anew
   const handles = spec.models.slice(1).map((_, k) => {
@@ -415,33 +417,57 @@ function render({ model, el }) {
     return (isReversed() ? order.reverse() : order).map((m, i) => [m, at[i + 1] - at[i]]);
   }
 
+  // Pieces that the strip is cut into: one per step, or one per model where there are too many steps.
+  function pieces(parts, n) {
+    let at = 0;
+    return parts.flatMap(([m, count]) => {
+      const from = at;
+      at += count;
+      if (n > MAX_CELLS) return count ? [[m, from, at]] : [];
+      return Array.from({ length: count }, (_, j) => [m, from + j, from + j + 1]);
+    });
+  }
+
+  // Elements stay while the cut stays: setting up text is the slowest thing that a drag could ask of a browser.
   function drawStrip() {
-    const width = stripWidth;
     const n = reached().length;
-    const x = (i) => EDGE + ((width - 2 * EDGE) * i) / n;
+    const x = (i) => EDGE + ((stripWidth - 2 * EDGE) * i) / n;
     const parts = owned();
-    cells.replaceChildren();
-    let i = 0;
-    for (const [m, count] of parts) {
-      if (!count) continue;
-      const letter = spec.models[m].letter;
-      const each = n <= MAX_CELLS ? count : 1; // pieces that this model's share is drawn in
-      for (let j = 0; j < each; j++) {
-        const [a, b] = [x(i + (j * count) / each), x(i + ((j + 1) * count) / each)];
-        cells.append(s("rect", { class: "wb-cell", x: a + 0.5, y: 18, width: Math.max(b - a - 1, 0.5), height: 24, fill: colour(m) }));
-        if (b - a > 7 * letter.length + 4) cells.append(s("text", { class: "wb-letter", x: (a + b) / 2, y: 34.5 }, letter));
-      }
-      if (each > 1 && x(1) - x(0) <= 7 * letter.length + 4) cells.append(s("text", { class: "wb-letter", x: (x(i) + x(i + count)) / 2, y: 34.5 }, letter));
-      i += count;
+    const cut = pieces(parts, n);
+    const shape = JSON.stringify([stripWidth, n, cut.map(([, from, to]) => [from, to])]);
+    if (shape !== cells.dataset.shape) {
+      cells.dataset.shape = shape;
+      cells.replaceChildren(...cut.flatMap(([, from, to]) => [
+        s("rect", { class: "wb-cell", x: x(from) + 0.5, y: 18, width: Math.max(x(to) - x(from) - 1, 0.5), height: 24 }),
+        s("text", { class: "wb-letter", x: (x(from) + x(to)) / 2, y: 34.5 })]));
     }
-    axis.replaceChildren();
+    cut.forEach(([m, from, to], i) => {
+      const [rect, text] = [cells.children[2 * i], cells.children[2 * i + 1]];
+      if (rect.dataset.model === String(m)) return;
+      rect.dataset.model = m;
+      rect.setAttribute("fill", colour(m));
+      const { letter } = spec.models[m];
+      text.textContent = x(to) - x(from) > 7 * letter.length + 3 ? letter : "";
+    });
+    drawAxis(n, x);
+    drawHandles(n, x, parts);
+    drawProgress();
+  }
+
+  function drawAxis(n, x) {
     const noise = view.strip.log_snr;
-    const stride = Math.max(1, Math.ceil((n * 46) / (width - 120)));
-    for (let j = 0; noise.length === n && j < n; j += stride) {
-      if (x(j) > width - 90) break;
+    const shape = JSON.stringify([stripWidth, n, noise]);
+    if (shape === axis.dataset.shape || noise.length !== n) return;
+    axis.dataset.shape = shape;
+    axis.replaceChildren();
+    const stride = Math.max(1, Math.ceil((n * 46) / (stripWidth - 120)));
+    for (let j = 0; j < n && x(j) <= stripWidth - 70; j += stride) {
       axis.append(s("line", { x1: x(j), x2: x(j), y1: 48, y2: 52 }), s("text", { x: x(j), y: 63, "text-anchor": j ? "middle" : "start" }, noise[j].toFixed(1)));
     }
-    axis.append(s("text", { x: EDGE, y: 76 }, "noise, log-SNR before the step"), s("text", { x: width - EDGE, y: 63, "text-anchor": "end" }, "data"));
+    axis.append(s("text", { x: EDGE, y: 76 }, "noise level: log-SNR before the step"), s("text", { x: stripWidth - EDGE, y: 63, "text-anchor": "end" }, "data"));
+  }
+
+  function drawHandles(n, x, parts) {
     const at = hasHandles() ? ends() : [];
     handles.forEach((node, k) => {
       node.style.display = hasHandles() ? "" : "none";
@@ -449,7 +475,7 @@ function render({ model, el }) {
       const crowd = at.filter((e) => e === at[k]).length; // handles on one spot stand side by side
       const rank = at.slice(0, k).filter((e) => e === at[k]).length;
       const nudge = (rank - (crowd - 1) / 2) * 15;
-      node.setAttribute("transform", `translate(${clamp(x(at[k]) + nudge, 8, width - 8)},0)`);
+      node.setAttribute("transform", `translate(${clamp(x(at[k]) + nudge, 8, stripWidth - 8)},0)`);
       const [before, after] = [parts[k][0], parts[k + 1][0]].map((m) => spec.models[m].name);
       node.setAttribute("aria-label", `switch from model ${before} to model ${after}`);
       node.setAttribute("aria-valuenow", at[k]);
@@ -458,9 +484,7 @@ function render({ model, el }) {
       node.setAttribute("aria-valuetext", at[k] > first ? `${before} takes steps ${first + 1}-${at[k]} of ${n}` : `${before} takes no step of ${n}`);
     });
     const byModel = spec.models.map((_, m) => sum(parts.filter(([owner]) => owner === m).map(([, count]) => count)));
-    legend.replaceChildren(...spec.models.map((entry, m) => h("span", { class: "wb-chip" },
-      h("i", { style: `background:${colour(m)}` }, entry.letter), entry.name === entry.letter ? `${byModel[m]}` : `${entry.name} ${byModel[m]}`)), "steps");
-    drawProgress();
+    chips.forEach((chip, m) => { chip.textContent = byModel[m]; });
   }
 
   function drawProgress() {
@@ -543,7 +567,7 @@ function render({ model, el }) {
       const unmet = Object.entries(knob.needs).find(([name, value]) => local.knobs[name] !== value);
       nodes.forEach((node) => { node.disabled = Boolean(unmet); });
       row.classList.toggle("wb-off", Boolean(unmet));
-      reason.textContent = unmet ? ` needs ${words(unmet[0])} ${words(String(unmet[1]))}` : "";
+      reason.textContent = !unmet ? "" : ` needs ${words(unmet[0])} ${words(String(unmet[1]))}`;
       put(local.knobs[knob.name]);
     }
     drawStrip();
@@ -656,6 +680,7 @@ function render({ model, el }) {
   const cardText = h("div", { class: "wb-cardtext", "data-testid": "hover" });
   const card = h("div", { class: "wb-card", hidden: true }, thumb, cardText);
   const plotBox = h("div", { class: "wb-plotbox" }, plot, card);
+  const ring = s("circle", { class: "wb-ring", r: 9, "data-testid": "ring" }); // around the run shown
   let drawn = []; // what the plot shows: {point, x, y}
 
   function options(select, entries, value) {
@@ -675,6 +700,7 @@ function render({ model, el }) {
   }
 
   function drawFrontier() {
+    frontier = model.get("frontier");
     const known = Object.keys(frontier.metrics ?? {});
     if (!known.includes(metric)) metric = known.includes("drift") ? "drift" : known[0] ?? "";
     if (metric !== "drift" && known.includes("drift") && !metricSelect.dataset.touched) metric = "drift";
@@ -717,7 +743,6 @@ function render({ model, el }) {
       const kind = spec.methods.findIndex((entry) => entry.name === point.method);
       const group = s("g", { class: "wb-point", "data-keys": point.keys.join(" "), "data-role": point.role });
       if (bars[i]) group.append(s("line", { class: "wb-whisker", x1: x, x2: x, y1: Y(point.value - bars[i]), y2: Y(point.value + bars[i]) }));
-      if (point.keys.includes(view.shown?.key)) group.append(s("circle", { class: "wb-ring", cx: x, cy: y, r: 9 }));
       const mark = marker({ reference: "star", baseline: "square" }[point.role] ?? SHAPES[Math.max(kind, 0) % SHAPES.length], x, y, 4.5);
       mark.setAttribute("class", point.role ? "wb-rival" : "wb-mark");
       if (!point.role) mark.setAttribute("fill", colour(Math.max(kind, 0)));
@@ -730,6 +755,14 @@ function render({ model, el }) {
       drawn.push({ point, x, y });
     });
     drawKey(box, points);
+    plot.append(ring);
+    markShown();
+  }
+
+  function markShown() {
+    const here = drawn.find(({ point }) => point.keys.includes(view.shown?.key));
+    ring.style.display = here ? "" : "none";
+    ring.setAttribute("transform", `translate(${here?.x ?? 0},${here?.y ?? 0})`);
   }
 
   function drawKey(box, points) {
@@ -866,11 +899,29 @@ function render({ model, el }) {
     foot, boxPanel);
   metricSelect.addEventListener("change", () => { metricSelect.dataset.touched = "1"; });
 
+  // What arrives is drawn with the next frame of the display, once, however much arrives before it.
+  const dirty = new Set();
+  let due = 0;
+
+  function redraw(...parts) {
+    parts.forEach((part) => dirty.add(part));
+    due ||= requestAnimationFrame(() => {
+      due = 0;
+      const now = [...dirty];
+      dirty.clear();
+      for (const part of now) part();
+    });
+  }
+
   let numbersDrawn = "";
 
-  function drawView() {
+  function takeView() {
     view = model.get("view");
     if (view.ack === pending) acknowledge();
+    redraw(drawView);
+  }
+
+  function drawView() {
     const isAhead = held || pending || queue.length || unsent; // the hand is: its settings stay
     if (isAhead) drawStrip();
     else settle();
@@ -887,7 +938,10 @@ function render({ model, el }) {
       ask({ kind: "peek", key });
     }
     const numbers = JSON.stringify([view.shown, view.reference?.key, view.pinned?.key]);
-    if (numbers !== numbersDrawn) drawNumbers();
+    if (numbers !== numbersDrawn) {
+      drawNumbers();
+      markShown();
+    }
     numbersDrawn = numbers;
     drawScore();
     if (frame) drawCaption();
@@ -905,7 +959,7 @@ function render({ model, el }) {
     else offer(reply.text, reply.kind === "link" ? "Link to the run shown" : "Code for the run shown");
   }
 
-  const on = { "change:view": drawView, "change:frontier": () => { frontier = model.get("frontier"); drawFrontier(); }, "change:frame": drawFrame, "change:pinned": drawPinned, "change:reply": takeReply };
+  const on = { "change:view": takeView, "change:frontier": () => redraw(drawFrontier), "change:frame": () => redraw(drawFrame), "change:pinned": () => redraw(drawPinned), "change:reply": takeReply };
   for (const [event, callback] of Object.entries(on)) model.on(event, callback);
   const watcher = new ResizeObserver(() => { stripWidth = strip.clientWidth || 600; drawStrip(); drawFrontier(); if (frame && !spec.is_image) drawFrame(); });
   el.append(root);
@@ -917,6 +971,7 @@ function render({ model, el }) {
   drawFrontier();
   return () => {
     watcher.disconnect();
+    cancelAnimationFrame(due);
     clearTimeout(timer);
     for (const [event, callback] of Object.entries(on)) model.off?.(event, callback);
   };

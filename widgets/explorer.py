@@ -6,6 +6,7 @@ the newest settings and does useful things while nobody asks. `explorer.js` draw
 
 from __future__ import annotations
 
+import atexit
 import base64
 import csv
 import io
@@ -101,7 +102,7 @@ class Explorer:
         self._listeners: list[Callable[[str, Any], None]] = []
         self._change = threading.Condition(threading.RLock())
         self._publishing = threading.Lock()
-        self._revision = 0
+        self._revision, self._frontier_is_old, self._is_closed = 0, False, False
         self._generation, self._touched, self._is_idle = 0, 0.0, False
         self.run: Run | None = None
         self.inputs = self._start = self._inputs(self.methods[0], seed, n_samples, {})
@@ -110,7 +111,9 @@ class Explorer:
         self._publish_view()
         self.is_headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
         if not self.is_headless:
-            threading.Thread(target=self._work, name="explorer", daemon=True).start()
+            self._worker = threading.Thread(target=self._work, name="explorer", daemon=True)
+            self._worker.start()
+            atexit.register(self._close)
         self._wake()
 
     # ---------------------------------------------------------------- what a notebook uses
@@ -292,9 +295,10 @@ class Explorer:
             for listener in self._listeners:
                 listener("view", self.published["view"])
 
-    def _publish_frontier(self) -> None:
+    def _publish_frontier(self, stop: Stop | None = None) -> None:
         with self._publishing:
             with self._change:
+                self._frontier_is_old = False
                 self.published["frontier"] = self._frontier()
             for listener in self._listeners:
                 listener("frontier", self.published["frontier"])
@@ -373,9 +377,18 @@ class Explorer:
             self._change.notify_all()
         if self.is_headless:
             self._show(lambda: False)
+            self._publish_frontier()
+
+    def _close(self) -> None:
+        """End the worker before the interpreter does: torch does not survive being cut off in the middle."""
+        with self._change:
+            self._is_closed = True
+            self._generation += 1
+            self._change.notify_all()
+        self._worker.join(10)
 
     def _work(self) -> None:
-        while True:
+        while not self._is_closed:
             with self._change:
                 generation = self._generation
                 task = self._show if not self._is_shown and self._error is None else None
@@ -385,6 +398,8 @@ class Explorer:
                         self._change.wait(rest)
                         continue
                     task = self._task() if self._error is None else None
+                    if self._frontier_is_old:
+                        task = self._publish_frontier
                     if task is None:
                         self._is_idle = True
                         self._change.notify_all()
@@ -418,7 +433,7 @@ class Explorer:
             self._status = ""
             self._change.notify_all()
         self._publish_view()
-        self._publish_frontier()
+        self._frontier_is_old = True  # drawn anew once the hand rests
 
     def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
         begin, drawn, interval = time.monotonic(), -math.inf, FRAME
@@ -438,7 +453,7 @@ class Explorer:
             self._fresh = False
 
         def stop() -> bool:
-            return overtaken() and has_drawn and time.monotonic() - begin > GRACE
+            return overtaken() and (self._is_closed or (has_drawn and time.monotonic() - begin > GRACE))
 
         return workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples, stop=stop, on_step=on_step,
                              **wanted.knobs)

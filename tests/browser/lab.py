@@ -128,7 +128,7 @@ class Lab:
         options = [
             "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
             "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.allow_root=True",
-            "--ServerApp.allow_remote_access=False", f"--ServerApp.root_dir={self.notebooks}",
+            "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={self.notebooks}",
             "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
             "--LabApp.extension_manager=readonly", "--LabApp.expose_app_in_browser=True",
         ]

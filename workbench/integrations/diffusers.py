@@ -159,7 +159,7 @@ class Stitch:
         methods = ("set_timesteps", "step")
         if not all(hasattr(scheduler, name) for name in methods):
             raise TypeError(f"scheduler={type(scheduler).__name__}: expected set_timesteps() and step()")
-        # The class's methods: where another stitched pipeline shares the scheduler, its wrappers are not ours.
+        # The class's methods, past the wrappers of another stitched pipeline that shares the scheduler.
         set_timesteps, step = (getattr(type(scheduler), name).__get__(scheduler) for name in methods)
 
         @wraps(set_timesteps)  # pipelines look at the signatures

@@ -135,7 +135,7 @@ class ContinuousVP:
         if spacing == "trailing":
             return [1 - i / n_steps for i in range(n_steps)]
         if spacing == "leading":
-            return [max((n_steps - 1 - i) / n_steps, self.cleanest) for i in range(n_steps)]
+            return [self.cleanest + (1 - self.cleanest) * (n_steps - 1 - i) / n_steps for i in range(n_steps)]
         if spacing == "linspace":
             return [1 + (self.cleanest - 1) * i / max(n_steps - 1, 1) for i in range(n_steps)]
         low, high = self.at(1.0).log_snr, self.at(self.cleanest).log_snr

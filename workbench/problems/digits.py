@@ -26,6 +26,7 @@ def digits(schedule: Schedule | None = None) -> Denoising:
     as scikit-learn carries it.
     """
     training, held_out = _images()
+    source = "from workbench.problems.digits import digits\n\nproblem = digits()" if schedule is None else ""
     schedule = ContinuousVP() if schedule is None else schedule
     rows = training.flatten(1)
     wiener = gaussian_mixture_denoiser(torch.ones(1), rows.mean(0, keepdim=True), torch.cov(rows.T)[None], schedule)
@@ -45,7 +46,7 @@ def digits(schedule: Schedule | None = None) -> Denoising:
         shape=(8, 8), labels=lambda n: None, judge=judge, images=to_uint8, dtype=torch.float64,
         flops={"wiener": mixture_flops(1, rows.shape[1]), "empirical": empirical_flops(*rows.shape)},
         reference=("ddim", {"n_steps": 50}), baseline=("ddim", {"n_steps": 50, "model": "cheapest"}),
-        preset={"n_steps": 50, "fractions": (0.4,)}, data=data)
+        preset={"n_steps": 50, "fractions": (0.4,)}, data=data, source=source)
 
 
 def empirical_denoiser(rows: Tensor, schedule: Schedule) -> Network:

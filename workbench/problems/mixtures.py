@@ -160,7 +160,8 @@ def eight_modes(schedule: Schedule | None = None) -> Denoising:
     def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
         return {"wasserstein_1": wasserstein_1(answer, quantiles)}
 
-    return _toy("eight_modes", modes, {"moments": coarse, "exact": modes}, judge, schedule, {"fractions": (0.4,)})
+    return _toy("eight_modes", "eight_modes()", modes, {"moments": coarse, "exact": modes}, judge, schedule,
+                {"fractions": (0.4,)})
 
 
 def two_modes(schedule: Schedule | None = None) -> Denoising:
@@ -176,7 +177,7 @@ def two_modes(schedule: Schedule | None = None) -> Denoising:
     def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
         return {"wasserstein_1": wasserstein_1(answer, quantiles)}
 
-    return _toy("two_modes", modes, {"wiener": modes.merged(((0, 1),)), "exact": modes}, judge, schedule,
+    return _toy("two_modes", "two_modes()", modes, {"wiener": modes.merged(((0, 1),)), "exact": modes}, judge, schedule,
                 {"fractions": (0.4,)})
 
 
@@ -202,7 +203,8 @@ def two_dim(kind: str = "ring", schedule: Schedule | None = None, *, has_labels:
     everything = [range(len(law.weights))]
     models = {"wiener": law.merged(everything), "coarse": law.merged(groups), "exact": law}
     name = f"two_dim_{kind}" + ("_labelled" if has_labels else "")
-    return _toy(name, law, models, judge, schedule, {"fractions": (0.4, 0.3)}, groups if has_labels else None)
+    call = f"two_dim({kind!r}, has_labels={has_labels})"
+    return _toy(name, call, law, models, judge, schedule, {"fractions": (0.4, 0.3)}, groups if has_labels else None)
 
 
 def _ring() -> tuple[Mixture, list[range]]:
@@ -225,8 +227,10 @@ def _tilted(angle: float, along: float, across: float) -> list[list[float]]:
     return [[a * c * c + b * s * s, (a - b) * c * s], [(a - b) * c * s, a * s * s + b * c * c]]
 
 
-def _toy(name: str, law: Mixture, mixtures: Mapping[str, Mixture], judge: Any, schedule: Schedule | None,
+def _toy(name: str, call: str, law: Mixture, mixtures: Mapping[str, Mixture], judge: Any, schedule: Schedule | None,
          preset: Mapping[str, Any], classes: Sequence[Sequence[int]] | None = None) -> Denoising:
+    function = call.partition("(")[0]
+    source = f"from workbench.problems.mixtures import {function}\n\nproblem = {call}" if schedule is None else ""
     schedule = ContinuousVP() if schedule is None else schedule
     labels = None if classes is None else len(classes)
     models, flops = [], {}
@@ -240,7 +244,7 @@ def _toy(name: str, law: Mixture, mixtures: Mapping[str, Mixture], judge: Any, s
         models=tuple(models), shape=(law.means.shape[1],), judge=judge, flops=flops,
         labels=(lambda n: None) if labels is None else (lambda n: torch.arange(n) % labels),
         reference=("ddim", {"n_steps": 50}), baseline=("ddim", {"n_steps": 50, "model": "cheapest"}),
-        dtype=torch.float64, preset={"n_steps": 50, **preset}, data=law.sample)
+        dtype=torch.float64, preset={"n_steps": 50, **preset}, data=law.sample, source=source)
 
 
 def _label_weights(mixture: Mixture, classes: Sequence[Sequence[int]]) -> Tensor:

@@ -62,11 +62,9 @@ def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
     Raises:
         ValueError: for an unknown size.
     """
-    import torch
-
     from workbench.zoo.pipeline import GlyphPipeline
 
-    return GlyphPipeline.from_pretrained(_folder(size), **{"torch_dtype": torch.float32, **options})
+    return GlyphPipeline.from_pretrained(_folder(size), **options)
 
 
 def weights_digest(size: str) -> str:

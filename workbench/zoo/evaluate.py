@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -20,29 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.quality import frechet, proportion
 from workbench.zoo import SIZES, WEIGHTS, weights_digest
 from workbench.zoo.classifier import GlyphClassifier, load_classifier
 from workbench.zoo.glyphs import CLASSES, glyphs
 from workbench.zoo.pipeline import GlyphPipeline
 
-GROUPS = 20  # of the delete-a-group jackknife
 BATCH = 180  # images sampled together
-
-
-def _frechet_distance(features: Tensor, reference_mean: Tensor, reference_cov: Tensor) -> float:
-    features = features.double()
-    mean, cov = features.mean(dim=0), features.T.cov()
-    values, vectors = torch.linalg.eigh(reference_cov.double())
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
-    gap = (mean - reference_mean).square().sum()
-    return float(gap + cov.trace() + reference_cov.trace() - 2 * cross)
-
-
-try:
-    from workbench.quality import frechet_distance
-except ImportError:
-    frechet_distance = _frechet_distance
 
 
 def score(classifier: GlyphClassifier, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -51,26 +34,23 @@ def score(classifier: GlyphClassifier, images: Tensor, labels: Tensor) -> dict[s
     The standard error of the accuracy is binomial, that of the distance a jackknife over 20 groups.
     """
     features, guesses = classifier.judge(images)
-    n = len(labels)
-    accuracy = (guesses == labels).double().mean().item()
-    mean, cov = classifier.reference_mean, classifier.reference_cov
-    group = torch.arange(n) % GROUPS
-    without = [frechet_distance(features[group != g], mean, cov) for g in range(GROUPS)]
+    accuracy = proportion(guesses == labels)
+    distance = frechet(features, classifier.reference_mean, classifier.reference_cov)
     return {
-        "n": n,
-        "label_accuracy": accuracy,
-        "label_accuracy_se": math.sqrt(accuracy * (1 - accuracy) / n),
-        "frechet_distance": frechet_distance(features, mean, cov),
-        "frechet_distance_se": math.sqrt((GROUPS - 1) * statistics.pvariance(without)),
+        "n": len(labels),
+        "label_accuracy": accuracy.value,
+        "label_accuracy_se": accuracy.stderr,
+        "frechet_distance": distance.value,
+        "frechet_distance_se": distance.stderr,
     }
 
 
 def sample(pipe: GlyphPipeline, n: int, steps: int, guidance: float, seed: int) -> tuple[Tensor, Tensor]:
-    """n images in [-1, 1], clipped, of labels in turn, by the pipeline's own scheduler."""
+    """n images in [-1, 1], clipped, of all labels equally often, by the pipeline's own scheduler."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % len(CLASSES)
+    labels = (torch.arange(n) % len(CLASSES))[torch.randperm(n, generator=generator)]
     parts = [
-        pipe(chunk, steps, guidance, generator=generator, output_type="pt").images
+        pipe(chunk, steps, guidance, generator=generator, output_type="pt", return_dict=False)[0]
         for chunk in labels.split(BATCH)
     ]
     return torch.cat(parts) * 2 - 1, labels
@@ -137,9 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     classifier = load_classifier(given.weights / "classifier")
     pipes = {}
     for size in SIZES:
-        pipes[size] = GlyphPipeline.from_pretrained(
-            given.weights / f"glyphs-{size}", torch_dtype=torch.float32
-        )
+        pipes[size] = GlyphPipeline.from_pretrained(given.weights / f"glyphs-{size}")
         pipes[size].set_progress_bar_config(disable=True)
 
     images, labels = glyphs(given.n, "held_out", seed=30)

@@ -20,8 +20,8 @@ class GlyphPipeline(DiffusionPipeline):
     The last class embedding of the U-Net stands for "no label" and is what guidance compares with. The
     structure follows diffusers' `DiTPipeline` and `StableDiffusionPipeline`; any scheduler can be swapped in.
 
-    Load with ``GlyphPipeline.from_pretrained(folder, torch_dtype=torch.float32)``: the files hold half
-    precision, which is slow on a CPU.
+    Load with ``GlyphPipeline.from_pretrained(folder)``. The files hold half precision; diffusers widens
+    them to float32 (which a CPU needs) unless it is given another dtype.
 
     Args:
         unet: predicts from (latents, timestep, class labels) what the scheduler's prediction type says.

@@ -226,7 +226,7 @@ def train_decoder(
 
     torch.manual_seed(2)
     images = glyphs(draws, "train", seed=12)[0].to(DEVICE)
-    model = AutoencoderKL.from_pretrained(out / "autoencoder", torch_dtype=torch.float32).to(DEVICE)
+    model = AutoencoderKL.from_pretrained(out / "autoencoder").to(DEVICE)
     with torch.no_grad():
         latents = torch.cat([model.encode(part).latent_dist.mean for part in images.split(500)])
     shadow = Shadow(model.decoder)
@@ -334,7 +334,7 @@ def train_unet(
 
     from workbench.zoo.pipeline import GlyphPipeline
 
-    vae = AutoencoderKL.from_pretrained(out / "autoencoder", torch_dtype=torch.float32).to(DEVICE).eval()
+    vae = AutoencoderKL.from_pretrained(out / "autoencoder").to(DEVICE).eval()
     latents, labels = (part.to(DEVICE) for part in latents_of(vae, draws))
 
     torch.manual_seed(100 + TARGETS.index(size))

@@ -1,0 +1,111 @@
+"""Schedules, grids and the reading of networks' outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+from toys import PLANE, cosine_schedule, log_snr_points, plane
+
+from workbench.problems.denoising import (
+    CLEAN,
+    PREDICTIONS,
+    SPACINGS,
+    ContinuousVP,
+    Denoiser,
+    DiscreteSchedule,
+    agreement,
+    grid,
+    split_steps,
+)
+from workbench.problems.mixtures import two_dim
+from workbench.rng import Rng
+
+LINEAR, VP, COSINE = DiscreteSchedule.linear(), ContinuousVP(), cosine_schedule()
+SCHEDULES = {"linear": LINEAR, "vp": VP, "cosine": COSINE}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_time_and_log_snr_are_inverse(schedule):
+    high = schedule.times(1, "linspace")[0]
+    for k in range(101):
+        t = schedule.cleanest + (high - schedule.cleanest) * k / 100
+        point = schedule.at(t)
+        assert point.alpha**2 + point.sigma**2 == pytest.approx(1, abs=1e-12)
+        assert schedule.t_at(point.log_snr) == pytest.approx(t, rel=1e-6, abs=1e-6)
+    levels = [schedule.at(schedule.cleanest + (high - schedule.cleanest) * k / 100).log_snr for k in range(101)]
+    assert all(a > b for a, b in pairwise(levels))
+
+
+def test_tables_are_diffusers_tables():
+    for schedule, beta in ((LINEAR, "linear"), (COSINE, "squaredcos_cap_v2")):
+        theirs = DDPMScheduler(beta_schedule=beta).alphas_cumprod
+        digits = 0.0 if beta == "linear" else 2e-5  # the one bit by bit, the other against single precision
+        torch.testing.assert_close(torch.tensor(schedule.alphas_cumprod), theirs, rtol=digits, atol=0)
+
+
+def test_continuous_schedule_is_its_integral():
+    """alpha_t = exp(-1/2 integral of beta), the integral by Simpson's rule, exact for a linear beta."""
+    for t in (0.001, 0.3, 1.0):
+        beta = [0.1 + s * t * 19.9 for s in (0, 0.5, 1)]
+        integral = t / 6 * (beta[0] + 4 * beta[1] + beta[2])
+        assert VP.at(t).alpha == pytest.approx(math.exp(-integral / 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_grids_fall_to_the_clean_data(schedule, spacing):
+    for n_steps in (1, 2, 7, 50, 1000):
+        points = grid(schedule, n_steps, spacing)
+        assert len(points) == n_steps + 1 and points[-1] == CLEAN and CLEAN.log_snr == math.inf
+        assert all(a.t > b.t or b is CLEAN for a, b in pairwise(points))
+        assert all(a.log_snr < b.log_snr for a, b in pairwise(points))
+        if spacing != "leading":
+            assert points[0].t == pytest.approx(schedule.times(1, "trailing")[0])
+
+
+@pytest.mark.parametrize("fractions", [(0.5,), (1.2, -0.2), (0.5, 0.6)])
+def test_fractions_that_are_no_partition_are_errors(fractions):
+    with pytest.raises(ValueError, match="fractions="):
+        split_steps(fractions, 10)
+
+
+def estimates(prediction: str, own: object, read_as: str | None = None) -> tuple[Tensor, Tensor]:
+    model = Denoiser("m", PLANE.network(own, prediction), own, read_as or prediction)
+    x = torch.randn((5, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model.predict(x, VP.at(0.4), VP, None, 1.0)
+
+
+@pytest.mark.parametrize("own", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_kind_of_network_gives_the_same_estimates(own, prediction):
+    truth, read = estimates("eps", VP), estimates(prediction, own)
+    for estimate, true in zip(read, truth, strict=True):
+        torch.testing.assert_close(estimate, true, rtol=1e-6, atol=1e-6)
+    x0, eps = read
+    x = torch.randn((5, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(VP.at(0.4).alpha * x0 + VP.at(0.4).sigma * eps, x, rtol=1e-10, atol=1e-10)
+    other = "x0" if prediction != "x0" else "v"  # the broken twin: a network read as what it is not
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(estimates(prediction, own, read_as=other)[0], truth[0], rtol=1e-2, atol=1e-2)
+
+
+def test_agreement_is_one_with_itself_and_highest_at_high_noise():
+    problem = two_dim()
+    same = plane(("a", VP, "eps"), ("b", VP, "v"), schedule=VP)
+    points = log_snr_points(12)
+    for values in agreement(same, points, Rng(0, 20)).values():
+        assert values == pytest.approx([1.0] * 12, abs=1e-9)
+    found = agreement(problem, points, Rng(0, 200))
+    assert set(found) == {"wiener", "coarse", "exact"} and found["exact"] == pytest.approx([1.0] * 12)
+    for name in ("wiener", "coarse"):
+        assert found[name][0] > 0.999 and min(found[name]) < 0.95
+    assert sum(found["coarse"]) > sum(found["wiener"])
+    first, *others = problem.models
+    turned = replace(problem, models=(replace(first, network=lambda *rows: -first.network(*rows)), *others))
+    assert agreement(turned, points, Rng(0, 20))["wiener"][0] < -0.99
