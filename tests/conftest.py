@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _steady_torch() -> object:
-    """The same threads, seed, default type and gradient mode at the start of every test, whatever the last one did."""
+def _steady_torch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same threads, seed and default type at the start of every test, whatever the last one did."""
+    if _stage(request.node) > 0:  # notebooks and JupyterLab have processes of their own
+        yield
+        return
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -99,9 +99,8 @@ function drawPoints(canvas, frame, under) {
   const column = (f, axis) => Array.from({ length: f.shape[0] }, (_, i) => floats(f)[i * dim + axis]);
   const range = (axis) => {
     const all = [...column(frame, axis), ...(under ? column(under, axis) : [])].sort((a, b) => a - b);
-    const trim = under ? [all[0], all.at(-1)] : [all[0], all.at(-1)];
-    const pad = (trim[1] - trim[0]) * 0.05 || 1;
-    return [trim[0] - pad, trim[1] + pad];
+    const pad = (all.at(-1) - all[0]) * 0.05 || 1;
+    return [all[0] - pad, all.at(-1) + pad];
   };
   const style = getComputedStyle(canvas);
   pen.font = `11px ${style.fontFamily}`;
@@ -584,8 +583,11 @@ function render({ model, el }) {
 
   function drawSamples(target, given) {
     if (spec.is_image) drawPictures(target, given);
-    else drawPoints(target, given, peeked[view.reference?.key]);
+    else drawPoints(target, given, under());
   }
+
+  const law = spec.law ? unpack(Uint8Array.from(atob(spec.law), (c) => c.charCodeAt(0))) : null;
+  const under = () => law ?? peeked[view.reference?.key]; // what samples that are no pictures are drawn over
 
   function drawFrame() {
     const next = unpack(model.get("frame"));
@@ -602,8 +604,8 @@ function render({ model, el }) {
   function drawCaption() {
     const [n] = frame?.shape ?? [0];
     const some = spec.is_image && n > MAX_PICTURES ? `the first ${MAX_PICTURES} of ${n} samples` : "";
-    const under = !spec.is_image ? (peeked[view.reference?.key] ? "filled: this run; outline: the reference" : "filled: this run") : "";
-    caption.textContent = [view.pinned ? "B, this run" : "", frame && frame.step < frame.of ? `estimate at step ${frame.step} of ${frame.of}` : "", some, under].filter(Boolean).join(" · ") || "\u00a0";
+    const key = spec.is_image ? "" : `filled: this run${under() ? `; outline: ${law ? "the true law" : "the reference"}` : ""}`;
+    caption.textContent = [view.pinned ? "B, this run" : "", frame && frame.step < frame.of ? `estimate at step ${frame.step} of ${frame.of}` : "", some, key].filter(Boolean).join(" · ") || "\u00a0";
     caption.classList.toggle("wb-early", Boolean(frame && frame.step < frame.of));
   }
 
@@ -748,8 +750,9 @@ function render({ model, el }) {
       if (!point.role) mark.setAttribute("fill", colour(Math.max(kind, 0)));
       group.append(mark);
       if (point.role) {
-        const isRight = x > box.right - 70;
-        group.append(s("text", { class: "wb-rolename", x: x + (isRight ? -11 : 11), y: y + (y > box.bottom - 16 ? -8 : 14), "text-anchor": isRight ? "end" : "start" }, point.role));
+        const isRight = x > (box.left + box.right) / 2;
+        const isAbove = isRight === m.higher; // the side that the front does not come from
+        group.append(s("text", { class: "wb-rolename", x: x + (isRight ? -11 : 11), y: y + (isAbove ? -8 : 17), "text-anchor": isRight ? "end" : "start" }, point.role));
       }
       plot.append(group);
       drawn.push({ point, x, y });
@@ -766,7 +769,7 @@ function render({ model, el }) {
   }
 
   function drawKey(box, points) {
-    const used = spec.methods.map((entry, k) => [entry.name, k]).filter(([name]) => points.some((p) => p.method === name));
+    const used = spec.methods.map((entry, k) => [entry.name, k]).filter(([name]) => points.some((p) => p.method === name && !p.role));
     let x = box.left;
     for (const [name, k] of used) {
       const mark = marker(SHAPES[k % SHAPES.length], x + 6, 14, 4.5);
@@ -933,7 +936,7 @@ function render({ model, el }) {
     undo.disabled = !view.can_undo;
     redo.disabled = !view.can_redo;
     const key = view.reference?.key;
-    if (!spec.is_image && key && !peeked[key]) {
+    if (!spec.is_image && !law && key && !(key in peeked)) {
       peeked[key] = null;
       ask({ kind: "peek", key });
     }

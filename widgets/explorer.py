@@ -136,23 +136,20 @@ class Explorer:
     def frame(self) -> bytes:
         return self.published["frame"]
 
-    @property
-    def score_running(self) -> bool:
-        return self._score is not None
-
     def set(self, *, method: str | None = None, seed: int | None = None, n_samples: int | None = None,
             **knobs: Any) -> None:
-        """Ask for other settings; what is not named stays. Raises what `workbench.inputs` raises, and then changes nothing."""
+        """Ask for other settings; what is not named stays. Raises what `workbench.inputs` raises."""
         self._set({"method": method, "seed": seed, "n_samples": n_samples}, knobs)
 
     def wait(self, timeout: float = 60, idle: bool = False) -> None:
-        """Until the settings are shown, with idle=True until idle work is done too. Raises what the worker caught, or TimeoutError."""
+        """Until the settings are shown; idle=True: and idle work is done. Raises what the worker caught."""
         if self.is_headless:
             while idle and (task := self._task()):
                 task(lambda: False)
             return
         with self._change:
-            ready = self._change.wait_for(lambda: self._error or (self._is_shown and (not idle or self._is_idle)), timeout)
+            ready = self._change.wait_for(
+                lambda: self._error or (self._is_shown and (not idle or self._is_idle)), timeout)
             if self._error is not None:
                 raise self._error
             if not ready:
@@ -204,7 +201,7 @@ class Explorer:
             self._publish_view()
 
     def code(self) -> str:
-        """Python that reproduces the shown run: for your own pipeline where the problem knows how, else for the workbench."""
+        """Python that makes the shown run: without the workbench where the problem knows how, else with it."""
         i = self.run.inputs if self.run else self.inputs
         script = self.problem.code(i) if self.problem.code else None
         if script:
@@ -221,8 +218,9 @@ class Explorer:
         metrics = sorted({name for run in runs for name in run.quality})
         out = io.StringIO()
         rows = csv.writer(out)
-        rows.writerow(["key", "problem", "method", "seed", "n_samples", *knobs, "evaluations_per_sample", "flops_per_sample",
-                       "seconds", *(f"{m}{part}" for m in metrics for part in ("", "_stderr", "_n"))])
+        rows.writerow(["key", "problem", "method", "seed", "n_samples", *knobs,
+                       "evaluations_per_sample", "flops_per_sample", "seconds",
+                       *(f"{m}{part}" for m in metrics for part in ("", "_stderr", "_n"))])
         for run in runs:
             i, timing = run.inputs, self._timings.get(run.inputs.key)
             quality = [run.quality.get(m) for m in metrics]
@@ -233,7 +231,7 @@ class Explorer:
         return out.getvalue()
 
     def score(self, n_samples: int = 500) -> None:
-        """Grade the settings wanted with more samples, while idle; `stop_score` ends it early and keeps what there is."""
+        """Grade the settings with more samples, while idle; `stop_score` ends it early and keeps what there is."""
         with self._change:
             i = self.inputs
             self._score = _Score(workbench.inputs(i.method, self.problem, i.seed, n_samples, **i.knobs))
@@ -270,7 +268,7 @@ class Explorer:
             "code": lambda: self._reply(intent, text=self.code()),
             "link": lambda: self._reply(intent, text=self.link),
             "csv": lambda: self._reply(intent, text=self.csv()),
-            "peek": lambda: self._reply(intent, frame=base64.b64encode(self._frame(self._runs[intent["key"]])).decode()),
+            "peek": lambda: self._reply(intent, frame=_text(self._frame(self._runs[intent["key"]]))),
         }
         try:
             actions[intent["kind"]]()
@@ -306,7 +304,7 @@ class Explorer:
     # ---------------------------------------------------------------- settings
 
     def _inputs(self, method: str, seed: int, n_samples: int, changes: Mapping[str, Any]) -> Inputs:
-        """Complete settings of a method: presets, then its last knobs, then those it shares with the method shown, then changes."""
+        """Complete settings of a method: presets, its last knobs, those it shares with the method shown, changes."""
         spec = workbench.get(method)
         if method not in self.methods:
             raise ValueError(f"method={method!r}: this explorer has {', '.join(self.methods)}")
@@ -413,7 +411,7 @@ class Explorer:
                 task(lambda generation=generation: self._generation != generation)
             except Cancelled:
                 pass
-            except Exception as error:  # noqa: BLE001  kept for wait() and shown; the sliders live on
+            except Exception as error:  # kept for wait() and shown; the sliders live on
                 with self._change:
                     if generation == self._generation:
                         self._error = error
@@ -459,7 +457,7 @@ class Explorer:
                              **wanted.knobs)
 
     def _task(self) -> Callable[[Stop], None] | None:
-        """The next useful thing while nobody asks: a long score, the rivals, the time, then neighbours of the settings."""
+        """The next useful thing while nobody asks: a long score, the rivals, the time, neighbouring settings."""
         if self.run is None:
             return None
         if self._score is not None:
@@ -496,11 +494,11 @@ class Explorer:
     def _time(self, stop: Stop) -> None:
         self._tell("measuring time")
         i = self.run.inputs
-        self._timings[i.key] = workbench.timed(i.method, self.problem, i.seed, i.n_samples, repeats=3, stop=stop, **i.knobs)
+        self._timings[i.key] = workbench.timed(i.method, self.problem, i.seed, i.n_samples, stop=stop, **i.knobs)
         self._publish_view()
 
     def _score_batch(self, stop: Stop) -> None:
-        """The next batch of a long score, or its end. A batch cut short is drawn again; sample i is the same in any batch."""
+        """The next batch of a long score, or its end. A batch cut short is drawn again; batching changes no sample."""
         score = self._score
         given, first = score.inputs, score.n_done
         if score.is_stopped or first == given.n_samples:
@@ -510,10 +508,13 @@ class Explorer:
         labels = self.problem.labels(first + size)
         part = replace(self.problem, labels=lambda n: None if labels is None else labels[first : first + n])
         meter = Meter(part.flops)
-        for step in METHODS[given.method].function(part.wrapped(meter.wrap), Rng(given.seed, size, first), **given.knobs):
+        method, rng = METHODS[given.method].function, Rng(given.seed, size, first)
+        answer = None
+        for step in method(part.wrapped(meter.wrap), rng, **given.knobs):
+            answer = step.state
             if stop():
                 raise Cancelled
-        score.parts.append(step.state)
+        score.parts.append(answer)
         score.costs.append(meter.cost)
         score.seconds += time.monotonic() - begin
         self._tell("scoring")
@@ -525,7 +526,8 @@ class Explorer:
             given = replace(score.inputs, n_samples=len(answer))
             cost = Cost(*({name: sum(getattr(c, part)[name] for c in score.costs) for name in self.problem.flops}
                           for part in ("evaluations", "calls", "flops")))
-            run = Run(given, cost, self.problem.judge(answer, self.problem.labels(len(answer))), environment(answer), answer)
+            quality = self.problem.judge(answer, self.problem.labels(len(answer)))
+            run = Run(given, cost, quality, environment(answer), answer)
         with self._change:
             self._score = None
             if run is not None:
@@ -550,15 +552,17 @@ class Explorer:
         return self.store.get(wanted) if run is None and self.store is not None else run
 
     def _keep(self, run: Run) -> Run:
-        """Remember a run; give it, or all runs that wait for it as their reference, their distance from the reference."""
+        """Remember a run; give it, or all runs whose reference it is, their distance from the reference."""
         key = run.inputs.key
         if self.store is not None and key not in self._runs and self.store.get(run.inputs) is None:
             self.store.put(run)
         self._runs.setdefault(key, run)
-        for other in list(self._runs.values()) if self._rival("reference", run.inputs).key == key else [self._runs[key]]:
+        is_reference = self._rival("reference", run.inputs).key == key
+        for other in list(self._runs.values()) if is_reference else [self._runs[key]]:
             reference = self._runs.get(self._rival("reference", other.inputs).key)
             if reference is not None and "drift" not in other.quality:
-                far = drift(*(self._drawn(r).double() / (255 if self.problem.images else 1) for r in (other, reference)))
+                scale = 255 if self.problem.images else 1
+                far = drift(self._drawn(other).double() / scale, self._drawn(reference).double() / scale)
                 graded = replace(other, quality={**other.quality, "drift": far})
                 self._runs[other.inputs.key] = graded
                 if self.run is not None and self.run.inputs == other.inputs:
@@ -580,7 +584,8 @@ class Explorer:
             shares = full_fractions(now.knobs["fractions"], len(self.problem.models))
             ends = [sum(shares[: k + 1]) for k in range(len(shares) - 1)]
             moved = [[*ends[:k], r, *ends[k + 1 :]] for k in range(len(ends)) for r in reached]
-            moved = sorted((e for e in moved if e == sorted(e)), key=lambda e: sum(abs(a - b) for a, b in zip(e, ends, strict=True)))
+            moved = [e for e in moved if e == sorted(e)]
+            moved.sort(key=lambda e: sum(abs(a - b) for a, b in zip(e, ends, strict=True)))
             changes = [{"fractions": _differences(e)} for e in moved]
         else:
             changes = [{"n_steps": n} for n in sorted(BUDGETS, key=lambda n: abs(math.log(n / max(n_steps, 1))))]
@@ -603,13 +608,13 @@ class Explorer:
         return self._pixels[key]
 
     def _frame(self, of: Run | Inputs, pixels: Tensor | None = None, step: int | None = None) -> bytes:
-        """Length of the header (4 bytes, little-endian), header (JSON), values. One message, so title and picture agree."""
+        """Length of the header (4 bytes, little-endian), header (JSON), values: title and picture in one message."""
         given = of.inputs if isinstance(of, Run) else of
         pixels = self._drawn(of) if isinstance(of, Run) else pixels
         total = given.knobs.get("n_steps", 1)
         self._revision += 1
-        header = {"revision": self._revision, "key": given.key, "title": self._title(given), "shape": list(pixels.shape),
-                  "step": total if step is None else step, "of": total}
+        header = {"revision": self._revision, "key": given.key, "title": self._title(given),
+                  "shape": list(pixels.shape), "step": total if step is None else step, "of": total}
         head = json.dumps(header).encode()
         return struct.pack("<I", len(head)) + head + pixels.contiguous().numpy().tobytes()
 
@@ -623,17 +628,22 @@ class Explorer:
         """What stays as it is: models, methods with their knobs, metrics."""
         def knob(b: Any) -> dict[str, Any]:
             k = b.knob
-            return {"name": b.name, "kind": b.kind.__name__, "help": k.help, "low": k.low, "high": k.high, "soft": k.soft,
-                    "step": k.step, "scale": k.scale, "unit": k.unit, "choices": k.choices, "needs": dict(k.needs),
+            return {"name": b.name, "kind": b.kind.__name__, "help": k.help, "low": k.low, "high": k.high,
+                    "soft": k.soft, "step": k.step, "scale": k.scale, "unit": k.unit, "choices": k.choices,
+                    "needs": dict(k.needs),
                     "start": self._start.knobs.get(b.name, self._preset.get(b.name, b.default))}
 
-        methods = [{"name": m.name, "summary": m.summary, "source": m.source, "knobs": [knob(b) for b in m.knobs.values()]}
-                   for m in map(workbench.get, self.methods)]
-        models = [{"name": m.name, "letter": letter} for m, letter in zip(self.problem.models, self._letters, strict=True)]
-        metrics = {m.name: {"label": m.label, "unit": m.unit, "higher": m.higher_is_better, "min_n": m.min_n, "help": m.help}
-                   for m in METRICS.values()}
-        return {"problem": self.problem.name, "is_image": self.problem.images is not None, "models": models,
-                "methods": methods, "metrics": metrics, "scores": SCORES}
+        methods = [{"name": m.name, "summary": m.summary, "source": m.source,
+                    "knobs": [knob(b) for b in m.knobs.values()]} for m in map(workbench.get, self.methods)]
+        names = [m.name for m in self.problem.models]
+        models = [{"name": n, "letter": letter} for n, letter in zip(names, self._letters, strict=True)]
+        metrics = {m.name: {"label": m.label, "unit": m.unit, "higher": m.higher_is_better, "min_n": m.min_n,
+                            "help": m.help} for m in METRICS.values()}
+        law = ""  # samples of the true law, to draw under samples that are no pictures
+        if self.problem.images is None and self.problem.data is not None:
+            law = _text(self._frame(self._start, self._picture(self.problem.data(1000, 0))))
+        return {"problem": self.problem.name, "is_image": self.problem.images is not None, "law": law,
+                "models": models, "methods": methods, "metrics": metrics, "scores": SCORES}
 
     def _strip(self, given: Inputs) -> dict[str, Any]:
         """The trajectory: share reached after each step, log-SNR before it, and steps per model, cheapest first."""
@@ -670,19 +680,21 @@ class Explorer:
             elif name == "n_steps":
                 words.append(f"{value} steps" if value != 1 else "1 step")
             elif name == "guidance" or value != METHODS[given.method].knobs[name].default:
-                words.append(f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}")
+                words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+        words = [word.replace("_", " ") if word != given.method else word for word in words]
         return " · ".join([*words, f"seed {given.seed}", f"{given.n_samples} samples"])
 
     def _card(self, run: Run) -> dict[str, Any]:
         """A run's title, cost per sample and quality, for the front end."""
         i, n = run.inputs, run.inputs.n_samples
         timing = self._timings.get(i.key)
-        alike = (r for r in self._runs.values() if (r.inputs.method, r.inputs.seed, r.inputs.knobs) == (i.method, i.seed, i.knobs))
+        alike = (r for r in self._runs.values()
+                 if (r.inputs.method, r.inputs.seed, r.inputs.knobs) == (i.method, i.seed, i.knobs))
         larger = max(alike, key=lambda r: r.inputs.n_samples, default=run)
         quality = {**larger.quality, **{k: q for k, q in run.quality.items() if k not in larger.quality}}
         return {
-            "key": i.key, "title": self._title(i), "full": run.title, "method": i.method, "knobs": dict(i.knobs), "n": n,
-            "evaluations": [run.cost.evaluations[m.name] / n for m in self.problem.models],
+            "key": i.key, "title": self._title(i), "full": run.title, "method": i.method, "knobs": dict(i.knobs),
+            "n": n, "evaluations": [run.cost.evaluations[m.name] / n for m in self.problem.models],
             "flops": [run.cost.flops[m.name] / n for m in self.problem.models],
             "quality": {k: [_finite(q.value), _finite(q.stderr), q.n] for k, q in quality.items()},
             "timing": timing and {
@@ -722,7 +734,8 @@ class Explorer:
                  "role": next((rivals[r.inputs.key] for r in p.runs if r.inputs.key in rivals), "")}
                 for p in points(chosen, metric) if math.isfinite(p.value)]
         ns = sorted({r.inputs.n_samples for r in runs} | {self._frontier_n})
-        return {"n": self._frontier_n, "ns": ns, "metrics": metrics, "titles": {r.inputs.key: self._title(r.inputs) for r in chosen}}
+        titles = {r.inputs.key: self._title(r.inputs) for r in chosen}
+        return {"n": self._frontier_n, "ns": ns, "metrics": metrics, "titles": titles}
 
     @cached_property
     def widget(self) -> ExplorerWidget:
@@ -736,7 +749,7 @@ class Explorer:
 
 
 class ExplorerWidget(anywidget.AnyWidget):
-    """An Explorer in JupyterLab. Wishes come as messages and results go as traits, so that each is set by one side only."""
+    """An Explorer in JupyterLab. Wishes come as messages and results go as traits: each is set by one side only."""
 
     _esm = HERE / "explorer.js"
     _css = HERE / "explorer.css"
@@ -766,6 +779,10 @@ def explorer(problem: Denoising, methods: Sequence[str] = ("t_stitch", "ddim", "
 def _differences(ends: Sequence[float]) -> tuple[float, ...]:
     """Shares from cumulated shares, rounded so that equal settings get equal keys."""
     return tuple(round(b - a, 12) for a, b in zip([0.0, *ends[:-1]], ends, strict=True))
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _finite(value: float) -> float | None:

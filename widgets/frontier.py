@@ -1,4 +1,4 @@
-"""Static figures: quality against cost, and quality against a knob; HoloViews on matplotlib, so they need no front end."""
+"""Static figures, quality against cost and against a knob; HoloViews on matplotlib, so they need no front end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COSTS = {"flops": "FLOPs per sample", "evaluations": "evaluations per sample"}
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that shows itself in a notebook as a picture. element: the HoloViews object; frame: the numbers drawn."""
+    """A figure that shows itself in a notebook. element: the HoloViews object; frame: the numbers drawn."""
 
     element: holoviews.core.Dimensioned
     frame: pandas.DataFrame
@@ -40,8 +40,9 @@ class Figure:
         return self.render("png")
 
 
-def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | None = None, baseline: Point | None = None,
-                  title: str | None = None, cost: str = "flops", label: Callable[[Point], str] | None = None) -> Figure:
+def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | None = None,
+                  baseline: Point | None = None, title: str | None = None, cost: str = "flops",
+                  label: Callable[[Point], str] | None = None) -> Figure:
     """Quality against cost per sample, one marker per setting with its standard error, and the Pareto front as a line.
 
     points: of `workbench.points`. reference, baseline: points drawn as a star and a square, and named. cost: "flops" or
@@ -120,7 +121,7 @@ def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_
 
 
 def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None) -> Figure:
-    """Write <folder>/<name>.png, .svg and .csv, and return the figure, so that it also shows; an empty folder only shows."""
+    """Write <folder>/<name>.png, .svg and .csv (nothing where folder is empty); returns the figure, to show it."""
     if folder:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
 
 
 def _holoviews() -> Any:
-    """HoloViews with its matplotlib backend, loaded without `hv.extension`, which would write scripts into the notebook."""
+    """HoloViews on matplotlib, loaded without `hv.extension`, which would write scripts into the notebook."""
     import holoviews as hv
     import holoviews.plotting.mpl
 

@@ -60,7 +60,7 @@ class Knob:
 
     def _number(self, name: str, value: Any, kind: type, *, whole: Any) -> Any:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_finite = is_number and (isinstance(value, int) or math.isfinite(value))  # an int may be too large for isfinite
+        is_finite = is_number and (isinstance(value, int) or math.isfinite(value))  # isfinite fails for huge ints
         if not is_finite or (kind is int and int(value) != value):
             raise TypeError(f"knob {name}={whole!r}: expected {kind.__name__}, {self.allowed()}")
         below = self.low is not None and value < self.low

@@ -63,7 +63,8 @@ def test_the_denoiser_is_the_posterior_mean():
 
 @pytest.mark.parametrize("broken", [
     eight().network(ContinuousVP(beta_max=19.0), "x0"), eight().network(VP, "eps"),
-    Mixture.of([1 / 8] * 8, eight().means, [0.09**2] * 8).network(VP, "x0")], ids=["schedule", "prediction", "variance"])
+    Mixture.of([1 / 8] * 8, eight().means, [0.09**2] * 8).network(VP, "x0"),
+], ids=["schedule", "prediction", "variance"])
 def test_posterior_check_fails_for_a_broken_twin(broken):
     with pytest.raises(AssertionError):
         check_posterior_mean(broken)
