@@ -25,13 +25,14 @@ from workbench.methods.denoising._march import march
 from workbench.methods.denoising.ddim import ddim_step
 from workbench.problems.denoising import grid
 from workbench.problems.digits import digits
+from workbench.problems.glyphs import glyphs
 from workbench.problems.mixtures import eight_modes, two_dim, two_modes
 from workbench.rng import Rng
 
 # By family: what makes its problems. Between them they must let every knob of the family have an effect.
 FACTORIES: dict[str, list[Callable[[], Any]]] = {
     "denoising": [two_modes, eight_modes, two_dim, functools.partial(two_dim, "pinwheel"),
-                  functools.partial(two_dim, has_labels=True), digits],
+                  functools.partial(two_dim, has_labels=True), digits, glyphs],
 }
 
 

@@ -369,7 +369,7 @@ class Explorer:
         """Overtake whatever is under way. quiet: idle work waits until the hand rests."""
         with self._change:
             self._generation += 1
-            self._error, self._is_idle = None, False
+            self._error, self._is_idle, self._status = None, False, ""
             self._touched = time.monotonic() if quiet else 0.0
             Explorer._latest = self
             self._change.notify_all()

@@ -1,4 +1,4 @@
-"""Sampling Workbench: how few steps, how small a model, how many drafts can I get away with, and what does it cost?"""
+"""Sampling Workbench: how few steps, how small a model, how many drafts, and what does it cost?"""
 
 __version__ = "0.1.0"
 
@@ -13,6 +13,7 @@ from workbench.store import Store
 from workbench.sweep import Memo, sweep, together
 
 __all__ = [
-    "METHODS", "METRICS", "Cancelled", "Cost", "Inputs", "Knob", "Memo", "Metric", "Quality", "Run", "Step", "Store",
-    "Timing", "cheapest", "compared", "get", "inputs", "method", "methods", "pareto", "points", "run", "sweep", "timed", "together",
+    "METHODS", "METRICS", "Cancelled", "Cost", "Inputs", "Knob", "Memo", "Metric", "Quality", "Run", "Step",
+    "Store", "Timing", "cheapest", "compared", "get", "inputs", "method", "methods", "pareto", "points", "run",
+    "sweep", "timed", "together",
 ]

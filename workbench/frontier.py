@@ -1,4 +1,4 @@
-"""What a list of runs says: its Pareto front, and the cheapest setting that is good enough, confirmed on fresh seeds."""
+"""What a list of runs says: its Pareto front, and the cheapest setting that is good enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""run(): validate, drain the method's generator, meter, judge; and Run, the frozen record that everything else reads."""
+"""run(): validate, drain the method's generator, meter, judge; Run: the frozen record that everything else reads."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the answer, as JSON takes it (nan and infinity as strings)."""
         record = {"inputs": asdict(self.inputs), "cost": asdict(self.cost), "environment": dict(self.environment)}
-        record["quality"] = {k: {"value": repr(q.value), "stderr": repr(q.stderr), "n": q.n} for k, q in self.quality.items()}
+        record["quality"] = {
+            name: {"value": repr(q.value), "stderr": repr(q.stderr), "n": q.n} for name, q in self.quality.items()
+        }
         return record
 
     @classmethod

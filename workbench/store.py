@@ -46,7 +46,7 @@ class Store:
             record = json.loads((self.folder / f"{key}.json").read_bytes())
             answer = load((self.folder / f"{key}.safetensors").read_bytes())["answer"]
             run = Run.from_dict(record, answer)
-        except Exception:  # noqa: BLE001  a damaged file of any kind is a missing run
+        except Exception:  # a damaged file of any kind is a missing run
             return None
         return run if run.inputs.key == key else None
 

@@ -7,13 +7,13 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.cost import Network
-from workbench.method import Step
 from workbench.run import Cancelled, Inputs, Problem, Run, inputs, run
 from workbench.store import Store
 
@@ -149,7 +149,7 @@ class _Rendezvous:
             columns = zip(*(ask.rows for ask in batch), strict=True)
             with torch.no_grad():
                 out = batch[0].network(*(None if c[0] is None else torch.cat(c) for c in columns))
-        except Exception as error:  # noqa: BLE001  it belongs to the runs that asked, which raise it
+        except Exception as error:  # it belongs to the runs that asked, which raise it
             for ask in batch:
                 ask.out = error
             return
@@ -205,13 +205,13 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
             done[item.key] = made
             if on_run is not None:
                 on_run(made)
-        except BaseException as error:  # noqa: BLE001  raised again below, in the caller's thread
+        except BaseException as error:  # raised again below, in the caller's thread
             failed.append(error)
 
     for chunk in _chunks(list(todo.values()), at_once):
         rendezvous = _Rendezvous(memo, max_rows)
         shared = problem.wrapped(rendezvous.wrap)
-        rendezvous.gather([lambda item=item: job(item, shared) for item in chunk])  # type: ignore[misc]
+        rendezvous.gather([partial(job, item, shared) for item in chunk])
         if failed:
             raise next((e for e in failed if not isinstance(e, Cancelled)), failed[0])
     return [done[item.key] for item in wanted]

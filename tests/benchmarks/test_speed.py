@@ -25,7 +25,7 @@ N_STEPS = 20
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median over rounds of ours/theirs, timed back to back in alternating order, and the spread (half the middle half)."""
+    """Median of ours/theirs over rounds timed back to back in alternating order; half the range of the middle half."""
     ours(), theirs()
     found = []
     for i in range(rounds):
@@ -87,7 +87,8 @@ def test_diffusers_over_bare_forwards(benchmark, record_ratio, scheduler: type, 
     labels = problem.labels(n_samples).tolist()
 
     def sample() -> None:
-        pipe(class_labels=labels, latents=latents, num_inference_steps=N_STEPS, guidance_scale=1.0, output_type="latent")
+        pipe(class_labels=labels, latents=latents, num_inference_steps=N_STEPS, guidance_scale=1.0,
+             output_type="latent")
 
     benchmark.pedantic(sample, rounds=5, warmup_rounds=1)
     record_ratio(f"diffusers {scheduler.__name__}, S, batch {n_samples}: loop / bare forwards",
@@ -106,7 +107,8 @@ def test_large_over_small(benchmark, record_ratio) -> None:
         return once
 
     benchmark.pedantic(forward(large), rounds=20, warmup_rounds=2)
-    record_ratio("L / S seconds per evaluation, batch 16 (aim: at least 4)", ratio(forward(large), forward(small), 40), None)
+    record_ratio("L / S seconds per evaluation, batch 16 (aim: at least 4)",
+                 ratio(forward(large), forward(small), 40), None)
 
 
 def test_sweep_of_all_switch_points(benchmark, record_ratio) -> None:

@@ -55,7 +55,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class DiscreteSchedule:
-    """A table of alpha_bar_t for t = 0..T-1, as diffusers' schedulers keep it; between entries log-SNR is linear in t."""
+    """A table of alpha_bar_t for t = 0..T-1, as diffusers keeps it; between entries log-SNR is linear in t."""
 
     alphas_cumprod: tuple[float, ...]
 
@@ -162,7 +162,7 @@ def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:
         total += fraction
         ends.append(min(math.floor(total * n_steps + 1e-9), n_steps))
     ends.append(n_steps)
-    return tuple(b - a for a, b in zip(ends[:-1], ends[1:], strict=True))
+    return tuple(b - a for a, b in pairwise(ends))
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Denoiser:
         rows = len(x)
         if labels is not None and guidance != 1:
             if self.null_label is None:
-                raise ValueError(f"guidance={guidance}: {self.name} was trained without a null label, only 1 is allowed")
+                raise ValueError(f"guidance={guidance}: {self.name} has no null label, only 1 is allowed")
             twice = torch.cat((own, own))
             both = torch.cat((torch.full_like(labels, self.null_label), labels))
             out = self.network(twice, _times(point.t, 2 * rows, x), both)

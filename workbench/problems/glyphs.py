@@ -49,8 +49,8 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
 
     return from_pipelines(
         *pipes, conditions=[zoo.CLASSES.index(c) for c in characters], names=[s.upper() for s in sizes], judge=judge,
-        loaders=[f"load_pipeline({s!r})" for s in sizes], name="glyphs " + "-".join(s.upper() for s in sizes)
-        + (f" {characters}" if text else ""), guidance=guidance, digest="-".join(zoo.weights_digest(s)[:12] for s in sizes),
+        name="glyphs " + "-".join(sizes).upper() + (f" {characters}" if text else ""), guidance=guidance,
+        digest="-".join(zoo.weights_digest(s)[:12] for s in sizes), loaders=[f"load_pipeline({s!r})" for s in sizes],
         source=f"from workbench.problems.glyphs import glyphs\n\nproblem = glyphs({sizes}, text={text!r})")
 
 

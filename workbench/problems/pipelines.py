@@ -27,7 +27,8 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
     Class-conditional pipelines (`DiTPipeline`, the embedded `GlyphPipeline`) take class numbers as `conditions`, Stable
     Diffusion 1.x and 2.x take prompts; sample i is conditioned on conditions[i % len(conditions)]. The last pipeline
     decodes. names: of the models (default: m1, m2, ...). loaders, source: Python expressions that load each pipeline
-    and lines that build this problem, for "copy as code". judge(answer, labels) grades answers; without one only the distance from the reference is shown.
+    and lines that build this problem, for "copy as code". judge(answer, labels) grades answers; without one there is
+    only the distance from the reference. digest: of the weights (default: `digest_of`).
     Costs one network row per evaluation; FLOPs per row are counted once on each network.
     Raises ValueError for fewer than one pipeline, no conditions, latents of different shape, a flow-matching
     scheduler (use `workbench.integrations.diffusers.stitch`) or a denoiser that this road does not know.
@@ -52,7 +53,8 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
     weight = 4.0 if guidance is None else guidance
     return Denoising(
         name=name, digest=digest or digest_of(*pipelines), schedule=schedule, models=models, shape=shape,
-        labels=labels, judge=judge or (lambda answer, labels: {}), flops={m.name: flops_per_row(m.network, *row) for m in models},
+        labels=labels, judge=judge or (lambda answer, labels: {}),
+        flops={m.name: flops_per_row(m.network, *row) for m in models},
         reference=("dpmpp_2m", {"n_steps": 50, "guidance": weight}),
         baseline=("ddim", {"model": "cheapest", "guidance": weight}),
         images=lambda latents: to_uint8(decode(host, latents)), device=device, preset={"guidance": weight},
@@ -116,7 +118,8 @@ def _part(name: str, pipe: Any, conditions: Sequence[Any]) -> _Part:
                          "use workbench.integrations.diffusers.stitch for such pipelines")
     kind, size = type(module).__name__, module.config.sample_size
     if kind == "UNet2DConditionModel":
-        network, null, numbers = _by_text(pipe, module, [*conditions, ""]), len(conditions), list(range(len(conditions)))
+        null, numbers = len(conditions), list(range(len(conditions)))
+        network = _by_text(pipe, module, [*conditions, ""])
     elif kind == "DiTTransformer2DModel" or (kind == "UNet2DModel" and module.config.num_class_embeds):
         null = module.config.num_embeds_ada_norm if kind.startswith("DiT") else module.config.num_class_embeds - 1
         network, numbers = _by_class(module), list(conditions)
@@ -128,7 +131,8 @@ def _part(name: str, pipe: Any, conditions: Sequence[Any]) -> _Part:
                          "UNet2DConditionModel are known")
     shape = (module.config.in_channels, *(size if isinstance(size, tuple | list) else (size, size)))
     schedule = DiscreteSchedule(tuple(pipe.scheduler.alphas_cumprod.tolist()))
-    return _Part(name, network, schedule, PREDICTION_TYPES[config.get("prediction_type", "epsilon")], null, shape, numbers)
+    prediction = PREDICTION_TYPES[config.get("prediction_type", "epsilon")]
+    return _Part(name, network, schedule, prediction, null, shape, numbers)
 
 
 def _by_class(module: Any) -> Network:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Solver, march
-from workbench.methods.denoising.ddim import Eta, Guidance, Spacing, Steps, ddim_step
+from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, ddim_step
 from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
 from workbench.problems.denoising import Denoising, Point, Schedule, grid, split_steps
 from workbench.rng import Rng
@@ -36,27 +36,37 @@ def full_fractions(fractions: Sequence[float], n_models: int) -> tuple[float, ..
     return (*head, max(1 - sum(head), 0.0))
 
 
-def step_counts(fractions: Sequence[float], points: Sequence[Point], schedule: Schedule, boundary: str
-                ) -> tuple[int, ...]:
-    """Steps per model, (len(fractions),) integers that sum to len(points) - 1.
+def progress(points: Sequence[Point], schedule: Schedule, boundary: str) -> list[float]:
+    """The share of the trajectory reached at the end of each step, (len(points) - 1,) rising to 1.
 
-    One rule: a step belongs to a model's share only where its END lies within the cumulated share, measured by step
-    number (then this is floor(cumsum(fractions) * n_steps)), by time, or by log-SNR from the first to the cleanest
-    level of the schedule. The last model takes the rest. Raises ValueError as `split_steps` does.
+    boundary: measured by "step" number, by time ("timestep"), or by "log_snr" from the first level to the cleanest.
     """
     n_steps = len(points) - 1
-    by_step = split_steps(fractions, n_steps)
     if boundary == "step":
-        return by_step
+        return [(i + 1) / n_steps for i in range(n_steps)]
     if boundary == "timestep":
         first = schedule.progress(points[0].t)
         reached = [(schedule.progress(p.t) - first) / (1 - first) for p in points[1:-1]]
     else:
         low, high = points[0].log_snr, schedule.at(schedule.cleanest).log_snr
         reached = [(p.log_snr - low) / (high - low) for p in points[1:-1]]
-    reached.append(1.0)
+    return [*reached, 1.0]
+
+
+def step_counts(fractions: Sequence[float], points: Sequence[Point], schedule: Schedule, boundary: str
+                ) -> tuple[int, ...]:
+    """Steps per model, (len(fractions),) integers that sum to len(points) - 1.
+
+    One rule: a step belongs to a model's share only where its END lies within the cumulated share, measured as
+    `progress` says; by step number this is `split_steps`, floor(cumsum(fractions) * n_steps). The last model takes the
+    rest. Raises ValueError as `split_steps` does.
+    """
+    by_step = split_steps(fractions, len(points) - 1)
+    if boundary == "step":
+        return by_step
+    reached = progress(points, schedule, boundary)
     ends = [sum(r <= share + 1e-9 for r in reached) for share in accumulate(fractions[:-1])]
-    return tuple(b - a for a, b in pairwise([0, *ends, n_steps]))
+    return tuple(b - a for a, b in pairwise([0, *ends, len(reached)]))
 
 
 @method(version=1, source="T-Stitch, arXiv 2402.14167, sec. 3")
@@ -66,7 +76,7 @@ def t_stitch(
     boundary: Annotated[str, Knob(choices=BOUNDARIES, help="what the fractions are fractions of")] = "step",
     spacing: Spacing = "trailing",
     eta: Annotated[float, Knob(low=0.0, high=1.0, step=0.05, needs={"solver": "ddim"},
-                               help="fresh noise per DDIM step: 0 deterministic, 1 as DDPM's ancestral sampling")] = 0.0,
+                               help="fresh noise per DDIM step: 0 none, 1 as DDPM's ancestral sampling")] = 0.0,
     reset_history: Annotated[bool, Knob(needs={"solver": "dpmpp_2m"},
                                         help="forget the former model's estimates at a switch")] = False,
     order: Annotated[str, Knob(choices=("cheap_first", "costly_first"),
