@@ -376,6 +376,15 @@ function render({ model, el }) {
     return node;
   });
 
+  // What is half typed must not be written over by news from Python.
+  const typing = new WeakSet();
+  const isTyping = (field) => typing.has(field);
+  function guard(field) {
+    field.addEventListener("input", () => typing.add(field));
+    for (const end of ["change", "blur"]) field.addEventListener(end, () => typing.delete(field), true);
+    return field;
+  }
+
   const hasHandles = () => "fractions" in local.knobs && spec.models.length > 1;
   const isReversed = () => local.knobs.order === "costly_first";
 
@@ -500,6 +509,7 @@ function render({ model, el }) {
   const source = h("div", { class: "wb-source" });
   const knobBox = h("div", { class: "wb-knoblist" });
   let controls = [];
+  guard(seed);
 
   function slider(knob) {
     const [low, high] = knob.soft ?? [knob.low, knob.high];
@@ -519,14 +529,14 @@ function render({ model, el }) {
     const field = h("input", { type: "number", class: "wb-number", "aria-label": `${words(knob.name)}, exact value`, "data-testid": `field-${knob.name}`,
       min: knob.low, max: knob.high, step: knob.step ?? "any", title: `${knob.low} to ${knob.high} ${knob.unit}`,
       onchange: () => { beginGesture(); change({ knobs: { [knob.name]: Number(field.value) } }); } });
+    guard(field);
     return {
       nodes: [range, field], wide: true,
       put(value) {
         const position = isLog ? (1000 * Math.log(clamp(value, low, high) / low)) / Math.log(high / low) : value;
         if (Number(range.value) !== position) range.value = position;
         range.setAttribute("aria-valuetext", `${value} ${knob.unit}`.trim());
-        if (document.activeElement !== field || !field.matches(":focus")) field.value = value;
-        else if (!pending && Number(field.value) !== value) field.value = value;
+        if (!isTyping(field)) field.value = value;
       },
     };
   }
@@ -561,7 +571,7 @@ function render({ model, el }) {
   function drawControls() {
     if (knobBox.dataset.method !== local.method) buildKnobs();
     method.value = local.method;
-    if (!seed.matches(":focus") || !pending) seed.value = local.seed;
+    if (!isTyping(seed)) seed.value = local.seed;
     for (const { knob, nodes, put, row, reason } of controls) {
       const unmet = Object.entries(knob.needs).find(([name, value]) => local.knobs[name] !== value);
       nodes.forEach((node) => { node.disabled = Boolean(unmet); });

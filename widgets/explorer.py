@@ -31,7 +31,7 @@ import workbench
 from workbench import METHODS, METRICS, Cancelled, Cost, Inputs, Memo, Run, Step, Store, Timing
 from workbench.cost import Meter, Network
 from workbench.frontier import points
-from workbench.methods.denoising.t_stitch import full_fractions, step_counts
+from workbench.methods.denoising.t_stitch import full_fractions, progress, step_counts
 from workbench.problems.denoising import Denoising, grid
 from workbench.quality import drift
 from workbench.rng import Rng
@@ -651,15 +651,7 @@ class Explorer:
         n_steps, schedule = knobs.get("n_steps", 1), self.problem.schedule
         level = grid(schedule, n_steps, knobs.get("spacing", "trailing"))
         boundary = knobs.get("boundary", "step")
-        if boundary == "timestep":
-            first = schedule.progress(level[0].t)
-            reached = [(schedule.progress(p.t) - first) / (1 - first) for p in level[1:]]
-        elif boundary == "log_snr":
-            low, high = level[0].log_snr, schedule.at(schedule.cleanest).log_snr
-            reached = [(p.log_snr - low) / (high - low) for p in level[1:]]
-        else:
-            reached = [(i + 1) / n_steps for i in range(n_steps)]
-        reached[-1] = 1.0
+        reached = progress(level, schedule, boundary)
         if "fractions" in knobs:
             shares = full_fractions(knobs["fractions"], len(models))
             is_reversed = knobs.get("order") == "costly_first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe-Ito; the markers differ too
 MARKERS = ("o", "^", "D", "v", "P", "X")
 COSTS = {"flops": "FLOPs per sample", "evaluations": "evaluations per sample"}
+_LOOK = {"legend_position": "best", "fontsize": {"title": 11, "labels": 10, "legend": 8.5}}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Figure:
         """The figure as a file of that form, "png" or "svg"."""
         hv = _holoviews()
         figure = hv.render(self.element, backend="matplotlib")
+        for axes in figure.axes:
+            axes.set_aspect("auto")  # HoloViews' own aspect goes wrong with a logarithmic axis
+            axes.set_box_aspect(0.65)
+            axes.grid(alpha=0.25)
         out = io.BytesIO()
         figure.savefig(out, format=form, dpi=dpi, bbox_inches="tight", facecolor="white")
         return out.getvalue()
@@ -77,9 +83,11 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
     if label is not None:
         layers.extend(hv.Text(getattr(p, cost), p.value, "  " + label(p), halign="left", valign="bottom", fontsize=8)
                       for p in points if label(p))
+    costs = [getattr(p, cost) for p in [*points, *rivals]] or [1.0]
+    low, high = min(costs) / 1.3, max(costs) * 1.3
     overlay = hv.Overlay(layers).opts(
-        hv.opts.Overlay(logx=True, title=title or f"{m.label} against cost", show_grid=True, aspect=1.6, fig_inches=6.5,
-                        legend_position="right", fontsize={"title": 11, "labels": 10}))
+        hv.opts.Overlay(logx=True, title=title or f"{m.label} against cost", fig_inches=7, xlim=(low, high),
+                        xticks=_log_ticks(low, high), **_LOOK))
     return Figure(overlay, pd.DataFrame(rows))
 
 
@@ -104,12 +112,11 @@ def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_
             table = [(e[0], e[1], e[2] if len(e) > 2 and e[2] == e[2] else 0.0) for e in entries]
             x, y = hv.Dimension("x", label=x_label), hv.Dimension("y", label=y_text)
             layers += [
-                hv.Curve(table, x, y, label=name).opts(color=COLOURS[k], linewidth=1.4),
+                hv.Curve(table, x, y, label=name).opts(color=COLOURS[k], linewidth=1.4, show_legend=False),
                 hv.ErrorBars(table, x, [y, "stderr"]).opts(edgecolor=COLOURS[k], linewidth=1.2, capsize=2),
                 hv.Scatter(table, x, y, label=name).opts(color=COLOURS[k], marker=MARKERS[k], s=45),
             ]
-        return hv.Overlay(layers).opts(hv.opts.Overlay(title=heading, show_grid=True, aspect=1.3, fig_inches=5,
-                                                       legend_position="best", fontsize={"title": 11, "labels": 10}))
+        return hv.Overlay(layers).opts(hv.opts.Overlay(title=heading, fig_inches=5, padding=0.06, **_LOOK))
 
     figure = overlay(series, y_label, title or f"{y_label} against {x_label}")
     if published:
@@ -129,6 +136,21 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
         (target / f"{name}.svg").write_bytes(figure.render("svg"))
         figure.frame.to_csv(target / f"{name}.csv", index=False)
     return figure
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """1, 2 and 5 of each power of ten between low and high; of many powers only the 1."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    firsts = (1, 2, 5) if len(exponents) < 5 else (1,)
+    inside = [d * 10.0**e for e in exponents for d in firsts if low <= d * 10.0**e <= high]
+    return [(t, _short(t)) for t in inside]
+
+
+def _short(value: float) -> str:
+    for scale, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= scale:
+            return f"{value / scale:g}{unit}"
+    return f"{value:g}"
 
 
 def _holoviews() -> Any:

@@ -107,7 +107,7 @@ def test_every_control_has_a_name_and_is_reached_by_tab(show: object, page: Page
     assert nameless == []
     panel.get_by_test_id("seed").focus()
     reached = []
-    for _ in range(22):
+    for _ in range(32):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.dataset.testid ?? ''"))
     wanted = ["handle-0", "method", "knob-n_steps", "field-n_steps", "frontier", "copy-link"]
