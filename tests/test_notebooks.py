@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,23 @@ from run_all import (
 )
 
 MAX_CELLS = 26
-MAX_SECONDS_PER_CELL = 60
-MAX_SECONDS = 120  # the aim is 60 s on two quiet cores; a busy machine must not turn the test red
+# The aim is 60 s on two quiet cores. It is held in processor seconds, which a busy machine hardly changes: on one,
+# the same import has taken a hundred times as long by the clock. The clock only ends a cell that hangs.
+MAX_PROCESSOR_SECONDS = 120
+HANGS_AFTER_SECONDS = 240
 MAX_FILE_BYTES = 1e6
 MAX_PEAK_BYTES = 1.5e9
 ALL = [path.relative_to(NOTEBOOKS).as_posix() for path in notebooks()]
 
-# The kernel's own highest resident set. Not ru_maxrss, in which a child starts with the size of its parent.
+# The kernel's own highest resident set, and its processor seconds. Not ru_maxrss, in which a child starts with the size of its parent.
 PEAK = """
 import re as _re, resource as _resource, sys as _sys
 try:
     _peak = int(_re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 except OSError:
     _peak = _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss * (1 if _sys.platform == "darwin" else 1024)
-print(_peak)
+_used = [_resource.getrusage(who) for who in (_resource.RUSAGE_SELF, _resource.RUSAGE_CHILDREN)]
+print(_peak, sum(use.ru_utime + use.ru_stime for use in _used))
 """
 
 
@@ -75,18 +77,17 @@ def broken_rules(notebook: Any) -> list[str]:
 
 
 def run_measured(source: Path, folder: Path) -> tuple[Any, float, int]:
-    """Run with smoke parameters; give back the executed notebook, its seconds and its kernel's peak resident bytes."""
+    """Run with smoke parameters; give back the executed notebook, its kernel's processor seconds and peak bytes."""
     notebook = nbformat.read(source, as_version=4)
     parameters = smoke_parameters(notebook)
     notebook.cells.append(nbformat.v4.new_code_cell(PEAK, metadata={"tags": ["peak"]}))
     copy = folder / "source" / source.name
     copy.parent.mkdir()
     nbformat.write(notebook, copy)
-    began = time.perf_counter()
-    executed = run(copy, folder / source.name, parameters, folder / "figures", MAX_SECONDS_PER_CELL)
-    seconds = time.perf_counter() - began
-    (peak,) = tagged(executed, "peak")
-    return executed, seconds, int(peak.outputs[0].text)
+    executed = run(copy, folder / source.name, parameters, folder / "figures", HANGS_AFTER_SECONDS)
+    (last,) = tagged(executed, "peak")
+    peak_bytes, seconds = last.outputs[0].text.split()
+    return executed, float(seconds), int(peak_bytes)
 
 
 def not_executed(notebook: Any, tag: str) -> list[int]:
@@ -105,12 +106,14 @@ def test_notebook_keeps_the_rules(name):
 
 
 @pytest.mark.notebook
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ALL)
 def test_notebook_runs(name, tmp_path):
     executed, seconds, peak_bytes = run_measured(NOTEBOOKS / name, tmp_path)
+    print(f"{name}: {seconds:.0f} processor seconds, {peak_bytes / 1e6:.0f} MB")
     assert faults(executed) == []
     assert not_executed(executed, "checks") == []
-    assert seconds < MAX_SECONDS
+    assert seconds < MAX_PROCESSOR_SECONDS
     assert (tmp_path / name).stat().st_size < MAX_FILE_BYTES
     assert peak_bytes < MAX_PEAK_BYTES
     if "figures" in parameter_names(executed):
@@ -144,7 +147,8 @@ def test_a_good_notebook_passes(folder):
     notebook = made("seen = steps", smoke={"steps": 2})
     assert broken_rules(notebook) == []
     notebook.cells.insert(-1, nbformat.v4.new_code_cell("print(seen)"))
-    executed, _, peak_bytes = executed_from(notebook, folder)
+    executed, seconds, peak_bytes = executed_from(notebook, folder)
+    assert 0.1 < seconds < 30
     assert faults(executed) == []
     assert not_executed(executed, "checks") == []
     assert any(output.get("text") == "2\n" for cell in executed.cells for output in cell.get("outputs", ()))

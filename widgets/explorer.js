@@ -910,6 +910,8 @@ function render({ model, el }) {
       h("div", { class: "wb-numbers" }, costs, qualities)),
     h("div", { class: "wb-frontier" }, h("div", { class: "wb-row" }, h("b", {}, "Quality against cost"), metricSelect, "against", costSelect, nSelect), plotBox),
     foot, boxPanel);
+  // JupyterLab's notebook would take Enter and the arrows away from fields
+  root.addEventListener("keydown", (event) => event.stopPropagation());
   metricSelect.addEventListener("change", () => { metricSelect.dataset.touched = "1"; });
 
   // What arrives is drawn with the next frame of the display, once, however much arrives before it.
