@@ -30,7 +30,8 @@ MAX_FILE_BYTES = 1e6
 MAX_PEAK_BYTES = 1.5e9
 ALL = [path.relative_to(NOTEBOOKS).as_posix() for path in notebooks()]
 
-# The kernel's own highest resident set, and its processor seconds. Not ru_maxrss, in which a child starts with the size of its parent.
+# The kernel's own highest resident set, and its processor seconds. Not ru_maxrss: in it a child starts with the size of
+# its parent.
 PEAK = """
 import re as _re, resource as _resource, sys as _sys
 try:

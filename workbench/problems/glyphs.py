@@ -13,7 +13,7 @@ from workbench.problems.pipelines import decode, from_pipelines
 from workbench.quality import Quality, frechet, kernel_distance, proportion
 
 SIZES = ("s", "b", "l")
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 
 
 def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: float = GUIDANCE) -> Denoising:
