@@ -159,6 +159,14 @@ def test_sizes_are_ordered(pipes: dict[str, GlyphPipeline]) -> None:
     assert small < base < large and large >= 10 * small
 
 
+def test_costs_are_measured(pipes: dict[str, GlyphPipeline]) -> None:
+    from workbench.zoo.evaluate import costs
+
+    found = costs({"s": pipes["s"]}, repeats=3)["s"]
+    low, middle, high = found["ms_per_row_16"]
+    assert 0 < low <= middle <= high and found["flops_per_row"] > 1e6 and found["parameters"] > 1e5
+
+
 def test_large_draws_its_labels(pipes: dict[str, GlyphPipeline]) -> None:
     labels = torch.arange(144) % 36
     generator = torch.Generator().manual_seed(0)
@@ -209,7 +217,7 @@ def test_other_schedulers_swap_in(name: str, pipes: dict[str, GlyphPipeline]) ->
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(36)
-    images = pipe(labels, 20, 2.0, generator=torch.Generator().manual_seed(2), output_type="pt").images
+    images = pipe(labels, 12, 2.0, generator=torch.Generator().manual_seed(2), output_type="pt").images
     assert (load_classifier().judge(images * 2 - 1)[1] == labels).double().mean() > 0.6
 
 
@@ -267,9 +275,9 @@ def test_recipe_runs_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     scores = tmp_path / "scores.json"
     options = ["--n", "80", "--steps", "2", "--guidance", "1.5", "--weights", str(out), "--out", str(scores)]
-    evaluate.main(["--sizes", "s", *options])
+    evaluate.main(["--sizes", "s", "--skip-costs", *options])
     found = json.loads(scores.read_text())
-    assert found["s"]["ddim2_w1.5"]["n"] == 80 and found["costs_l"]["flops_per_row"] > 0
+    assert found["s"]["ddim2_w1.5"]["n"] == 80 and found["reconstructed"]["mse"] > 0
 
 
 def load_config(size: str) -> dict:

@@ -62,9 +62,17 @@ def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
     Raises:
         ValueError: for an unknown size.
     """
+    from diffusers.utils import logging
+
     from workbench.zoo.pipeline import GlyphPipeline
 
-    return GlyphPipeline.from_pretrained(_folder(size), **options)
+    folder, is_shown = _folder(size), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # three small files need none
+    try:
+        return GlyphPipeline.from_pretrained(folder, **options)
+    finally:
+        if is_shown:
+            logging.enable_progress_bar()
 
 
 def weights_digest(size: str) -> str:

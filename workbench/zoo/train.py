@@ -250,7 +250,7 @@ def train_decoder(
 def save_autoencoder(model: AutoencoderKL, out: Path) -> None:
     """Set the scaling factor, report on held-out images, save in `out`/autoencoder and its pipelines."""
     model = model.half().float().eval()  # what will be loaded is what is measured
-    held_out = glyphs(4000, "held_out", seed=21)[0].to(DEVICE)
+    held_out = glyphs(2000, "held_out", seed=21)[0].to(DEVICE)
     with torch.no_grad():
         parts = [model.encode(chunk).latent_dist.mean for chunk in held_out.split(500)]
         decoded = torch.cat([model.decode(part).sample for part in parts])
