@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -197,6 +198,12 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
         else:
             todo[item.key] = item
 
+    judging = threading.Lock()
+
+    def judge(answer: Tensor, labels: Tensor | None) -> Any:
+        with judging:  # one at a time: runs end together, and judges may need much memory
+            return problem.judge(answer, labels)
+
     def job(item: Inputs, shared: Any) -> None:
         try:
             made = run(item.method, shared, item.seed, item.n_samples, stop=stop, **item.knobs)
@@ -210,7 +217,7 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
 
     for chunk in _chunks(list(todo.values()), at_once):
         rendezvous = _Rendezvous(memo, max_rows)
-        shared = problem.wrapped(rendezvous.wrap)
+        shared = replace(problem.wrapped(rendezvous.wrap), judge=judge)
         rendezvous.gather([partial(job, item, shared) for item in chunk])
         if failed:
             raise next((e for e in failed if not isinstance(e, Cancelled)), failed[0])

@@ -215,7 +215,7 @@ def train_autoencoder(
         (error + KL_WEIGHT * divergence).backward()
         report.take(error)
         shadow.update()
-    save_autoencoder(shadow.model, out)
+    save_autoencoder(shadow.model, out, min(2000, draws))
 
 
 def train_decoder(
@@ -244,13 +244,13 @@ def train_decoder(
         report.take(error)
         shadow.update()
     model.decoder.load_state_dict(shadow.model.state_dict())
-    save_autoencoder(model, out)
+    save_autoencoder(model, out, min(2000, draws))
 
 
-def save_autoencoder(model: AutoencoderKL, out: Path) -> None:
+def save_autoencoder(model: AutoencoderKL, out: Path, draws: int = 2000) -> None:
     """Set the scaling factor, report on held-out images, save in `out`/autoencoder and its pipelines."""
     model = model.half().float().eval()  # what will be loaded is what is measured
-    held_out = glyphs(2000, "held_out", seed=21)[0].to(DEVICE)
+    held_out = glyphs(draws, "held_out", seed=21)[0].to(DEVICE)
     with torch.no_grad():
         parts = [model.encode(chunk).latent_dist.mean for chunk in held_out.split(500)]
         decoded = torch.cat([model.decode(part).sample for part in parts])
