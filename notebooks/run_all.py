@@ -55,6 +55,11 @@ def smoke_parameters(notebook: Any) -> dict[str, Any]:
     return dict(notebook.metadata.get("workbench", {}).get("smoke", {}))
 
 
+def full_parameters(notebook: Any) -> dict[str, Any]:
+    """The large parameters for figures, in metadata["workbench"]["full"]; what it leaves out keeps its default."""
+    return dict(notebook.metadata.get("workbench", {}).get("full", {}))
+
+
 def unknown_parameters(notebook: Any, parameters: Mapping[str, Any]) -> list[str]:
     """Parameters that the parameters cell does not assign: papermill would inject them, and nothing read them."""
     return sorted(set(parameters) - parameter_names(notebook))
@@ -163,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
         for old in (path for path in folder.glob("*") if path.suffix in FORMATS):
             old.unlink()
         try:
-            executed = run(source, folder / source.name, smoke_parameters(notebook) if chosen.smoke else {}, folder)
+            parameters = smoke_parameters(notebook) if chosen.smoke else full_parameters(notebook)
+            executed = run(source, folder / source.name, parameters, folder)
             wrong = faults(executed)
             if "figures" in parameter_names(notebook):
                 wrong += incomplete_figures(folder)

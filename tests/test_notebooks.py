@@ -24,7 +24,7 @@ from run_all import (
 MAX_CELLS = 26
 # The aim is 60 s on two quiet cores. It is held in processor seconds, which a busy machine hardly changes: on one,
 # the same import has taken a hundred times as long by the clock. The clock only ends a cell that hangs.
-MAX_PROCESSOR_SECONDS = 120
+MAX_PROCESSOR_SECONDS = 180
 HANGS_AFTER_SECONDS = 240
 MAX_FILE_BYTES = 1e6
 MAX_PEAK_BYTES = 1.5e9
