@@ -723,9 +723,9 @@ function render({ model, el }) {
     const box = { left: 62, right: width - 16, top: 30, bottom: height - 40 };
     const cost = costSelect.value;
     const points = (frontier.metrics?.[metric] ?? []).filter((p) => p[cost] > 0);
+    const pointed = drawn[selected]?.point.keys; // stays under the hand while new points arrive
     drawn = [];
-    selected = -1;
-    card.hidden = true;
+    select(-1);
     plot.replaceChildren();
     if (!points.length) {
       const why = known.length ? "no runs with this number of samples yet" : "no score yet: the first run and its reference are being computed";
@@ -770,6 +770,7 @@ function render({ model, el }) {
     drawKey(box, points);
     plot.append(ring);
     markShown();
+    if (pointed) select(drawn.findIndex(({ point }) => point.keys.some((key) => pointed.includes(key))));
   }
 
   function markShown() {
