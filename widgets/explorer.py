@@ -17,6 +17,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -464,14 +465,12 @@ class Explorer:
         if run is not None:
             self._publish("frame", self._frame(run))
             return
-        last = None
-        try:
-            for last in METHODS[wanted.method].function(self._remembered, Rng(wanted.seed, wanted.n_samples),
-                                                        **wanted.knobs):
-                pass
-        except LookupError:  # as far as memory reaches
-            if last is not None:
-                self._draw(wanted, last)
+        steps = []
+        with suppress(LookupError):  # as far as memory reaches: extend keeps the steps before
+            steps.extend(METHODS[wanted.method].function(self._remembered, Rng(wanted.seed, wanted.n_samples),
+                                                         **wanted.knobs))
+        if steps:
+            self._draw(wanted, steps[-1])
 
     def _draw(self, wanted: Inputs, step: Step) -> None:
         is_last = step.info["there"].sigma == 0

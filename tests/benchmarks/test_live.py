@@ -45,7 +45,7 @@ def switch(title: str) -> int:
 
 
 def latencies(seen: dict[str, Any]) -> Live:
-    """From what the page saw. A picture answers a change if it is drawn after it and shows its setting or a later one."""
+    """From what the page saw. A picture answers a change if it is drawn after it, of its setting or a later one."""
     changes = [(t, at) for (t, at), (_, before) in zip(seen["moves"][1:], seen["moves"], strict=False) if at != before]
     frames = [(t, switch(title), step == of) for t, title, step, of in seen["frames"]]
     first = []
