@@ -39,7 +39,7 @@ from workbench.rng import Rng
 from workbench.run import environment
 
 HERE = Path(__file__).parent
-QUIET = 0.15  # seconds without a wish before idle work starts
+QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
 FRAME = 1 / 30  # seconds between two previews of one run
 BATCH = 25  # samples per batch of a long score
 SCORES = (500, 2000)  # numbers of samples that the panel offers to score
