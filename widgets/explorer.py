@@ -37,6 +37,7 @@ from workbench.problems.denoising import Denoising, grid
 from workbench.quality import drift
 from workbench.rng import Rng
 from workbench.run import environment
+from workbench.sweep import address
 
 HERE = Path(__file__).parent
 QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
@@ -88,7 +89,8 @@ class Explorer:
         self._fresh = False  # whether a network was evaluated since the last look
         self._shared = problem.wrapped(self._watched).wrapped(self._memo.wrap)
         self._remembered = problem.wrapped(self._memo.recall)
-        self._pictures = Memo(32_000_000).wrap("pictures", problem.images) if problem.images else None
+        self._pictures = Memo(32_000_000)
+        self._images = self._pictures.wrap("images", problem.images) if problem.images else None
         self._runs: dict[str, Run] = {}
         self._timings: dict[str, Timing] = {}
         self._pixels: dict[str, Tensor] = {}
@@ -469,8 +471,10 @@ class Explorer:
         with suppress(LookupError):  # as far as memory reaches: extend keeps the steps before
             steps.extend(METHODS[wanted.method].function(self._remembered, Rng(wanted.seed, wanted.n_samples),
                                                          **wanted.knobs))
+        # to decode takes long while the worker computes: rather an earlier picture at once
+        kept = [s for s in steps if self._pictures.get(address("images", (s.info["x0"],))) is not None]
         if steps:
-            self._draw(wanted, steps[-1])
+            self._draw(wanted, (kept or steps)[-1])
 
     def _draw(self, wanted: Inputs, step: Step) -> None:
         is_last = step.info["there"].sigma == 0
@@ -637,10 +641,10 @@ class Explorer:
 
     def _picture(self, state: Tensor) -> Tensor:
         """Samples as they are drawn: (n, H, W[, 3]) uint8, or (n, D) float32 where they are no pictures."""
-        if self.problem.images is None:
+        if self._images is None:
             return state.detach().flatten(1).float().cpu()
         with torch.no_grad():
-            return self._pictures(state)
+            return self._images(state)
 
     def _drawn(self, run: Run) -> Tensor:
         key = run.inputs.key

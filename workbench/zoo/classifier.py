@@ -68,7 +68,7 @@ def _load(folder: Path) -> GlyphClassifier:
     config = json.loads((folder / "config.json").read_text())
     model = GlyphClassifier(tuple(config["channels"]))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False)
 
 
 def load_classifier(folder: str | Path | None = None) -> GlyphClassifier:
