@@ -431,7 +431,7 @@ class Explorer:
         run = self._known(wanted)
         if run is None:
             run = self._run_with_previews(wanted, overtaken)
-        else:
+        if not overtaken():
             self._publish("frame", self._frame(run))
         with self._change:
             self.run = self._keep(run)
@@ -446,11 +446,11 @@ class Explorer:
 
         def on_step(step: Step) -> None:
             nonlocal drawn, interval
-            is_last = step.info["there"].sigma == 0
+            is_last = step.info["there"].sigma == 0  # the finished run is drawn by `_show`
             # steps answered from memory take no time: `_glimpse` has shown how far they reach
-            if not overtaken() and (is_last or (self._fresh and time.monotonic() - drawn >= interval)):
+            if self._fresh and not is_last and not overtaken() and time.monotonic() - drawn >= interval:
                 before = time.monotonic()
-                self._draw(wanted, step)
+                self._preview(wanted, step)
                 drawn = time.monotonic()
                 interval = max(FRAME, 4 * (drawn - before))  # previews take a fifth of the time at most
             self._fresh = False
@@ -474,12 +474,11 @@ class Explorer:
         # to decode takes long while the worker computes: rather an earlier picture at once
         kept = [s for s in steps if self._pictures.get(address("images", (s.info["x0"],))) is not None]
         if steps:
-            self._draw(wanted, (kept or steps)[-1])
+            self._preview(wanted, (kept or steps)[-1])
 
-    def _draw(self, wanted: Inputs, step: Step) -> None:
-        is_last = step.info["there"].sigma == 0
-        pixels = self._picture(step.state if is_last else step.info["x0"])
-        self._publish("frame", self._frame(wanted, pixels, step.info["i"] + 1))
+    def _preview(self, wanted: Inputs, step: Step) -> None:
+        """Show the data estimate of a step."""
+        self._publish("frame", self._frame(wanted, self._picture(step.info["x0"]), step.info["i"] + 1))
 
     def _task(self) -> Callable[[Stop], None] | None:
         """The next useful thing while nobody asks: a long score, the rivals, the time, neighbouring settings."""
