@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -9,7 +10,7 @@ import pytest
 from browser.lab import Lab, Traffic, assert_local, drag, is_blank, open_notebook, run_all
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 from run_all import NOTEBOOKS, notebooks, smoke_parameters
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
@@ -28,23 +29,37 @@ def test_a_notebook_lives_in_jupyterlab(source: Path, page: Page, lab: Lab, traf
     open_notebook(page, source.name)
     run_all(page, seconds=300)
 
-    panel = page.get_by_test_id("explorer").first
+    panel = page.locator("[data-testid=explorer], [data-testid=editor]").first
     panel.scroll_into_view_if_needed()
-    canvas, mark = panel.get_by_test_id("samples"), panel.get_by_test_id("handle-0")
+    canvas = panel.get_by_test_id("samples")
     expect(panel.get_by_test_id("title")).to_contain_text("steps", timeout=SOON)
+    expect(canvas).to_have_attribute("data-key", re.compile("."), timeout=SOON)
     assert not is_blank(canvas)
 
-    seen, at = canvas.get_attribute("data-key"), int(mark.get_attribute("aria-valuenow"))
-    last = int(mark.get_attribute("aria-valuemax"))
-    width = panel.get_by_test_id("strip").bounding_box()["width"]
-    drag(page, mark, (0.3 if at < last / 2 else -0.3) * width)
-    expect(mark).not_to_have_attribute("aria-valuenow", str(at))
+    # the first switch point or mark, else the slider of the first knob
+    mark = panel.locator("[role=slider]:visible, input[type=range]:visible:enabled").first
+    box = mark.bounding_box()
+    span = box["width"] / 2 if is_range(mark) else 300
+    seen, at = canvas.get_attribute("data-key"), position(mark)
+    drag(page, mark, -0.6 * span if at > last(mark) / 2 else 0.6 * span)
     expect(canvas).not_to_have_attribute("data-key", seen, timeout=SOON)
+    assert position(mark) != at
 
-    seen, at = canvas.get_attribute("data-key"), int(mark.get_attribute("aria-valuenow"))
-    key, to = ("ArrowLeft", at - 1) if at == last else ("ArrowRight", at + 1)
-    mark.press(key)
-    expect(mark).to_have_attribute("aria-valuenow", str(to))
+    seen, at = canvas.get_attribute("data-key"), position(mark)
+    mark.press("ArrowLeft" if at == last(mark) else "ArrowRight")
     expect(canvas).not_to_have_attribute("data-key", seen, timeout=SOON)
+    assert position(mark) != at
     expect(panel.get_by_test_id("error")).to_be_hidden()
     assert_local(traffic)
+
+
+def is_range(mark: Locator) -> bool:
+    return mark.evaluate("node => node.tagName === 'INPUT'")
+
+
+def position(mark: Locator) -> float:
+    return float(mark.input_value() if is_range(mark) else mark.get_attribute("aria-valuenow"))
+
+
+def last(mark: Locator) -> float:
+    return float(mark.get_attribute("max" if is_range(mark) else "aria-valuemax"))
