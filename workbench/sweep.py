@@ -89,35 +89,53 @@ class _Ask:
         self.name, self.network, self.rows = name, network, rows
         self.key = address(name, rows)
         self.out: Tensor | BaseException | None = None
+        self.is_answered = threading.Event()
+
+
+class _Errand:
+    """One run's wait for some other work that the caller's thread is to do."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.work = work
+        self.out: Any = None
+        self.is_answered = threading.Event()
 
 
 class _Rendezvous:
     """Runs that advance together: once each waits for an output (or has ended), all that is asked is evaluated.
 
-    Equal questions are evaluated once; different ones to one model go in one batch of at most max_rows rows.
+    Equal questions are evaluated once; different ones to one model go in one batch of at most max_rows rows. All heavy
+    work is done in the caller's thread: torch would start further threads for each thread that computes.
     """
 
     def __init__(self, memo: Memo, max_rows: int) -> None:
         self._memo, self._max_rows = memo, max_rows
         self._change = threading.Condition()
-        self._asks: list[_Ask] = []
+        self._asks: list[_Ask | _Errand] = []
         self._running = 0
+
+    def _wait(self, ask: _Ask | _Errand) -> Any:
+        if ask.out is None:
+            with self._change:
+                self._asks.append(ask)
+                self._change.notify_all()
+            ask.is_answered.wait()
+        if isinstance(ask.out, BaseException):
+            raise ask.out
+        return ask.out
 
     def wrap(self, name: str, network: Network) -> Network:
         def asked(*rows: Tensor | None) -> Tensor:
             ask = _Ask(name, network, rows)
             ask.out = self._memo.get(ask.key)
-            if ask.out is None:
-                with self._change:
-                    self._asks.append(ask)
-                    self._change.notify_all()
-                    self._change.wait_for(lambda: ask.out is not None)
-            if isinstance(ask.out, BaseException):
-                raise ask.out
-            assert ask.out is not None
-            return ask.out
+            out: Tensor = self._wait(ask)
+            return out
 
         return asked
+
+    def send(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` (which never returns None), done in the caller's thread, one call at a time."""
+        return lambda *args: self._wait(_Errand(partial(function, *args)))
 
     def gather(self, jobs: Sequence[Callable[[], None]]) -> None:
         """Run all jobs, each in a thread of its own, until all have ended."""
@@ -131,9 +149,12 @@ class _Rendezvous:
                 if not self._running:
                     break
                 asks, self._asks = self._asks, []
-            self._answer(asks)
-            with self._change:
-                self._change.notify_all()
+            self._answer([ask for ask in asks if isinstance(ask, _Ask)])
+            for errand in asks:
+                if isinstance(errand, _Errand):
+                    self._run(errand)
+            for ask in asks:
+                ask.is_answered.set()
         for thread in threads:
             thread.join()
 
@@ -144,6 +165,12 @@ class _Rendezvous:
             with self._change:
                 self._running -= 1
                 self._change.notify_all()
+
+    def _run(self, errand: _Errand) -> None:
+        try:
+            errand.out = errand.work()
+        except Exception as error:  # it belongs to the run that asked, which raises it
+            errand.out = error
 
     def _answer(self, asks: Sequence[_Ask]) -> None:
         by_model: dict[str, dict[bytes, _Ask]] = {}
@@ -209,12 +236,6 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
         else:
             todo[item.key] = item
 
-    judging = threading.Lock()
-
-    def judge(answer: Tensor, labels: Tensor | None) -> Any:
-        with judging:  # one at a time: runs end together, and judges may need much memory
-            return problem.judge(answer, labels)
-
     def job(item: Inputs, shared: Any) -> None:
         try:
             made = run(item.method, shared, item.seed, item.n_samples, stop=stop, **item.knobs)
@@ -228,7 +249,7 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
 
     for chunk in _chunks(list(todo.values()), at_once):
         rendezvous = _Rendezvous(memo, max_rows)
-        shared = replace(problem.wrapped(rendezvous.wrap), judge=judge)
+        shared = replace(problem.wrapped(rendezvous.wrap), judge=rendezvous.send(problem.judge))
         rendezvous.gather([partial(job, item, shared) for item in chunk])
         if failed:
             raise next((e for e in failed if not isinstance(e, Cancelled)), failed[0])
