@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_
                 hv.ErrorBars(table, x, [y, "stderr"]).opts(edgecolor=COLOURS[k], linewidth=1.2, capsize=2),
                 hv.Scatter(table, x, y, label=name).opts(color=COLOURS[k], marker=MARKERS[k], s=45),
             ]
-        return hv.Overlay(layers).opts(hv.opts.Overlay(title=heading, fig_inches=5, padding=0.06, **_LOOK))
+        title = "\n".join(textwrap.wrap(heading, 38)) if published else heading  # two stand side by side
+        return hv.Overlay(layers).opts(hv.opts.Overlay(title=title, fig_inches=5, padding=0.06, **_LOOK))
 
     figure = overlay(series, y_label, title or f"{y_label} against {x_label}")
     if published:
