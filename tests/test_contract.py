@@ -177,7 +177,8 @@ def check_cost_is_the_docstrings_formula(of, problem):
             assert any(name in str(error) for name in of.knobs)
             continue
         branches = problem.branches(given.knobs.get("guidance", 1.0))
-        assert made.cost.total_evaluations == 3 * of.evaluations(given.knobs, branches)
+        spent, formula = made.cost.total_evaluations, 3 * of.evaluations(given.knobs, branches)
+        assert 0 < spent <= formula if of.is_bound else spent == formula
 
 
 def check_there_is_a_step_per_step(of, problem):
@@ -274,9 +275,9 @@ def writes_into_outputs(problem, rng, *, n_steps: Steps = 20):
         return lambda *rows: network(*rows)
 
     def clipped(x, step):
-        x0, eps = step.denoise(x, step.here)
-        eps.mul_(0.999)
-        return step.there.alpha * x0 + step.there.sigma * eps, x0
+        now = step.denoise(x, step.here)
+        now.eps.mul_(0.999)
+        return step.there.alpha * now.x0 + step.there.sigma * now.eps, now
 
     points = grid(problem.schedule, n_steps, "trailing")
     yield from march(problem, rng, points, [problem.models[-1]] * n_steps, clipped, guidance=1.0)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from workbench.run import Inputs
 
 Network = Callable[..., Tensor]
-SPACINGS = ("trailing", "leading", "linspace", "log_snr")
+SPACINGS = ("trailing", "leading", "linspace", "log_snr", "karras", "t_quadratic")
+FINALS = ("zero", "cleanest")
+PHASES = ("t", "rho", "log_rho")
 PREDICTIONS = ("eps", "x0", "v")
 
 
@@ -142,12 +144,37 @@ class ContinuousVP:
         return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
 
 
-def grid(schedule: Schedule, n_steps: int, spacing: str) -> list[Point]:
-    """n_steps + 1 noise levels, full noise first and the clean data (sigma 0) last.
+def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") -> list[Point]:
+    """n_steps + 1 noise levels, full noise first.
 
-    spacing is one of SPACINGS. Raises ValueError where the schedule has fewer levels than steps.
+    spacing is one of SPACINGS: diffusers' three, even in log-SNR, "karras" (arXiv 2206.00364, equation 5, rho 7) and
+    "t_quadratic" (arXiv 2204.13902). final: the last level is the clean data (sigma "zero") or the schedule's "cleanest".
+    Raises ValueError where the schedule has fewer levels than steps.
     """
-    return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [CLEAN]
+    if spacing in ("karras", "t_quadratic"):
+        return power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
+    last = CLEAN if final == "zero" else schedule.at(schedule.cleanest)
+    return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [last]
+
+
+def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final: str = "zero") -> list[Point]:
+    """n_steps + 1 levels, even in phase ** (1 / power) from the noisiest to the cleanest level.
+
+    phase: time "t", "rho" = sigma / alpha, or "log_rho" (power has no meaning there). With final "zero" the first
+    n_steps levels span that range and the clean data (sigma 0) follows. Source: arXiv 2204.13902, appendix H.3.
+    """
+    ends = schedule.at(schedule.times(1, "trailing")[0]), schedule.at(schedule.cleanest)
+    n_levels = n_steps if final == "zero" else n_steps + 1
+    shares = [i / max(n_levels - 1, 1) for i in range(n_levels)]
+    if phase == "log_rho":
+        a, b = (-p.log_snr for p in ends)
+        inner = [schedule.t_at(-(a + (b - a) * s)) for s in shares[1:-1]]
+    else:
+        a, b = ((p.t if phase == "t" else math.exp(-p.log_snr)) ** (1 / power) for p in ends)
+        values = [(a + (b - a) * s) ** power for s in shares[1:-1]]
+        inner = values if phase == "t" else [schedule.t_at(-math.log(v)) for v in values]
+    levels = [ends[0], *map(schedule.at, inner), ends[1]][: n_levels]
+    return levels + [CLEAN] if final == "zero" else levels
 
 
 def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:
