@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.method import Step
-from workbench.problems.denoising import Denoiser, Denoising, Point
+from workbench.problems.denoising import Denoiser, Denoising, Point, Schedule
 from workbench.rng import Rng
 
 
@@ -31,6 +31,7 @@ class Advance(NamedTuple):
     past: Sequence[Evaluated]  # the former steps' evaluations at their starts, newest first; empty after a reset
     n_left: int  # steps to go, this one included
     noise: Callable[[], Tensor]  # a fresh standard normal of the state's shape
+    schedule: Schedule  # the trajectory's, for levels between here and there
 
 
 Solver = Callable[..., tuple[Tensor, Evaluated]]  # (x, Advance, **solver knobs) -> (next x, evaluation at step.here)
@@ -56,7 +57,8 @@ def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequenc
             return Evaluated(at, x, *owner.predict(x, at, problem.schedule, labels, guidance))
 
         with torch.no_grad():
-            step = Advance(denoise, here, there, () if i in restarts else past, len(owners) - i, noise)
+            step = Advance(denoise, here, there, () if i in restarts else past, len(owners) - i, noise,
+                           problem.schedule)
             x, now = solver(x, step, **knobs)
         past = (now, *step.past[: MEMORY - 1])
         yield Step(x, {"i": i, "model": owner.name, "x0": now.x0, "there": there})
