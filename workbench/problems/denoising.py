@@ -210,34 +210,38 @@ class Denoiser:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"{self.name}: prediction={self.prediction!r}: expected one of {', '.join(PREDICTIONS)}")
 
-    def predict(self, x: Tensor, here: Point, on: Schedule, labels: Tensor | None, guidance: float
+    def predict(self, x: Tensor, here: Point | Sequence[Point], on: Schedule, labels: Tensor | None, guidance: float
                 ) -> tuple[Tensor, Tensor]:
         """The estimates (x0, eps) of the data and the noise in x (B, *shape) at the point `here` of schedule `on`.
+
+        here: of all rows, or a list with the point of each row.
 
         A network of another schedule is asked at its own time of equal log-SNR, with x rescaled to its own signal
         scale, so models of different schedules and prediction types are joined and never silently mixed.
         Evaluates B rows, or 2 B where guidance is not 1 and there are labels (classifier-free guidance,
         arXiv 2207.12598: unconditional + guidance * (conditional - unconditional)).
         """
-        point, own = here, x
+        given = [here] if isinstance(here, Point) else list(here)
+        points, own = given, x
         if self.schedule != on:
-            point = self.schedule.at(self.schedule.t_at(here.log_snr))
-            own = x * (point.alpha / here.alpha)
-        rows = len(x)
+            points = [self.schedule.at(self.schedule.t_at(p.log_snr)) for p in given]
+            own = x * _scale([p.alpha / g.alpha for p, g in zip(points, given, strict=True)], x)
+        alpha, sigma = (_scale(values, x) for values in ([p.alpha for p in given], [p.sigma for p in given]))
+        times = _times([p.t for p in points], x)
         if labels is not None and guidance != 1:
             if self.null_label is None:
                 raise ValueError(f"guidance={guidance}: {self.name} has no null label, only 1 is allowed")
             twice = torch.cat((own, own))
             both = torch.cat((torch.full_like(labels, self.null_label), labels))
-            out = self.network(twice, _times(point.t, 2 * rows, x), both)
-            raw = torch.lerp(out[:rows], out[rows:], guidance)
+            out = self.network(twice, times.repeat(2), both)
+            raw = torch.lerp(out[: len(x)], out[len(x) :], guidance)
         else:
-            raw = self.network(own, _times(point.t, rows, x), labels)
+            raw = self.network(own, times, labels)
         if self.prediction == "eps":
-            return (x - here.sigma * raw) / here.alpha, raw
+            return (x - sigma * raw) / alpha, raw
         if self.prediction == "v":
-            raw = point.alpha * own - point.sigma * raw
-        return raw, (x - here.alpha * raw) / here.sigma
+            raw = _scale([p.alpha for p in points], x) * own - _scale([p.sigma for p in points], x) * raw
+        return raw, (x - alpha * raw) / sigma
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,7 @@ class Denoising:
     None where states are no pictures. digest: of weights and data, part of every key. flops: {model: per row}.
     reference and baseline: (method, knobs) of the full budget and of the cheap rival.
     data(n, seed) -> (n, *shape), n samples of the true law, where it can be drawn from.
+    is_latent: states are an autoencoder's codes, of no known range.
     """
 
     name: str
@@ -268,6 +273,7 @@ class Denoising:
     source: str = ""  # Python lines that build this problem under the name `problem`
     code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
     data: Callable[[int, int], Tensor] | None = None
+    is_latent: bool = False
 
     def start(self, rng: Rng) -> Tensor:
         """The noise that a run starts from: (n_samples, *shape), standard normal."""
@@ -306,7 +312,15 @@ def _scales(log_snr: float) -> tuple[float, float]:
     return 1 / math.sqrt(1 + math.exp(-2 * log_snr)), 1 / math.sqrt(1 + math.exp(2 * log_snr))
 
 
-def _times(t: float, rows: int, like: Tensor) -> Tensor:
-    """t for each row: integers where t is one of a table's entries, as networks expect them."""
-    whole = t == int(t)
-    return torch.full((rows,), int(t) if whole else t, dtype=torch.int64 if whole else like.dtype, device=like.device)
+def _scale(values: Sequence[float], like: Tensor) -> float | Tensor:
+    """The one value for all rows, or a column of one for each row of `like` (B, *shape)."""
+    if len(values) == 1:
+        return values[0]
+    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _times(values: Sequence[float], like: Tensor) -> Tensor:
+    """The time of each row of `like`: integers where all are a table's entries, as networks expect them."""
+    each = list(values) * (len(like) if len(values) == 1 else 1)
+    is_whole = all(t == int(t) for t in values)
+    return torch.tensor(each, dtype=torch.int64 if is_whole else like.dtype, device=like.device)

@@ -58,6 +58,7 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
         reference=("dpmpp_2m", {"n_steps": 50, "guidance": weight}),
         baseline=("ddim", {"model": "cheapest", "guidance": weight}),
         images=lambda latents: to_uint8(decode(host, latents)), device=device, preset={"guidance": weight},
+        is_latent=getattr(host, "vae", None) is not None,
         source=source or _source(pipelines, conditions, names), code=_code(
             loaders or [_loader(p) for p in pipelines], shape, schedule, conditions, host),
     )
