@@ -205,6 +205,7 @@ class Denoiser:
     schedule: Schedule
     prediction: str = "eps"
     null_label: int | None = None
+    module: Any = field(default=None, compare=False, repr=False)  # the torch module behind network, where there is one
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:

@@ -43,7 +43,8 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
     host, shape, numbers = pipelines[-1], shapes[0], parts[0].numbers
     one = {part.schedule: part.schedule for part in parts}  # equal schedules become one object, which compares at once
     schedule = one[parts[-1].schedule]
-    models = tuple(Denoiser(p.name, p.network, one[p.schedule], p.prediction, p.null_label) for p in parts)
+    models = tuple(Denoiser(p.name, p.network, one[p.schedule], p.prediction, p.null_label, _denoiser(pipe))
+                   for p, pipe in zip(parts, pipelines, strict=True))
     device = str(_denoiser(host).device)
 
     def labels(n: int) -> Tensor:
@@ -169,6 +170,8 @@ def _code(loaders: Sequence[str], shape: tuple[int, ...], schedule: DiscreteSche
 
     def code(inputs: Inputs) -> str | None:
         knobs = inputs.knobs
+        if inputs.method not in ("ddim", "dpmpp_2m", "t_stitch"):
+            return None
         solver = knobs.get("solver", inputs.method)
         if knobs.get("eta") or knobs.get("reset_history") or not _alike(solver, knobs, len(schedule.alphas_cumprod)):
             return None
