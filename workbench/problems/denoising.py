@@ -114,7 +114,10 @@ class DiscreteSchedule:
 
 @dataclass(frozen=True)
 class ContinuousVP:
-    """The variance-preserving SDE's schedule (arXiv 2011.13456, appendix C): t in (0, 1], beta linear in t."""
+    """The variance-preserving SDE's schedule (arXiv 2011.13456, appendix C): t in (0, 1], beta linear in t.
+
+    rates(t): the SDE's f and g^2 in dx = f x dt + g dw, so f = d log alpha / dt, g^2 = d sigma^2 / dt - 2 f sigma^2.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -125,23 +128,66 @@ class ContinuousVP:
         return Point(t, math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha)))
 
     def t_at(self, log_snr: float) -> float:
-        # -2 log alpha = log(1 + exp(-2 lambda)) is a quadratic in t; the stable form of its positive root
-        twice = math.log1p(math.exp(-2 * log_snr))
+        return self._where(math.log1p(math.exp(-2 * log_snr)))
+
+    def _where(self, twice: float) -> float:
+        # twice = -2 log alpha is a quadratic in t; the stable form of its positive root
         slope = self.beta_max - self.beta_min
         return 2 * twice / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * twice))
+
+    def rates(self, t: float) -> tuple[float, float]:
+        beta = self.beta_min + t * (self.beta_max - self.beta_min)
+        return -beta / 2, beta
 
     def progress(self, t: float) -> float:
         return 1 - t
 
     def times(self, n_steps: int, spacing: str) -> list[float]:
-        if spacing == "trailing":
-            return [1 - i / n_steps for i in range(n_steps)]
-        if spacing == "leading":
-            return [self.cleanest + (1 - self.cleanest) * (n_steps - 1 - i) / n_steps for i in range(n_steps)]
-        if spacing == "linspace":
-            return [1 + (self.cleanest - 1) * i / max(n_steps - 1, 1) for i in range(n_steps)]
-        low, high = self.at(1.0).log_snr, self.at(self.cleanest).log_snr
-        return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
+        return _unit_times(self, n_steps, spacing)
+
+
+@dataclass(frozen=True)
+class SubVP(ContinuousVP):
+    """The sub-VP SDE's schedule (arXiv 2011.13456, appendix C): the VP SDE's alpha, sigma = 1 - alpha^2."""
+
+    def at(self, t: float) -> Point:
+        _, alpha, sigma = super().at(t)
+        return Point(t, alpha, sigma**2)
+
+    def t_at(self, log_snr: float) -> float:
+        return self._where(2 * math.asinh(math.exp(-log_snr) / 2))  # 1 / alpha - alpha = 2 sinh(-log alpha)
+
+    def rates(self, t: float) -> tuple[float, float]:
+        drift, beta = super().rates(t)
+        return drift, -beta * math.expm1(4 * math.log(self.at(t).alpha))
+
+
+@dataclass(frozen=True)
+class ContinuousVE:
+    """The variance-exploding SDE's schedule (arXiv 2011.13456, appendix C): alpha 1, sigma geometric in t in (0, 1].
+
+    sigma_max should be as large as the largest distance between data (arXiv 2006.09011, technique 1). States at t are
+    as large as sigma, up to sigma_max.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    cleanest: float = 1e-5
+
+    def at(self, t: float) -> Point:
+        return Point(t, 1.0, self.sigma_min * (self.sigma_max / self.sigma_min) ** t)
+
+    def t_at(self, log_snr: float) -> float:
+        return (-log_snr - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+    def rates(self, t: float) -> tuple[float, float]:
+        return 0.0, 2 * math.log(self.sigma_max / self.sigma_min) * self.at(t).sigma ** 2
+
+    def progress(self, t: float) -> float:
+        return 1 - t
+
+    def times(self, n_steps: int, spacing: str) -> list[float]:
+        return _unit_times(self, n_steps, spacing)
 
 
 def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") -> list[Point]:
@@ -155,6 +201,11 @@ def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") ->
         return power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
     last = CLEAN if final == "zero" else schedule.at(schedule.cleanest)
     return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [last]
+
+
+def noisiest(schedule: Schedule) -> Point:
+    """The schedule's level of most noise, where trajectories start."""
+    return schedule.at(schedule.times(1, "trailing")[0])
 
 
 def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final: str = "zero") -> list[Point]:
@@ -210,6 +261,9 @@ class Denoiser:
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"{self.name}: prediction={self.prediction!r}: expected one of {', '.join(PREDICTIONS)}")
+        if self.prediction == "v" and isinstance(self.schedule, ContinuousVE | SubVP):
+            raise ValueError(f"{self.name}: prediction='v' needs alpha^2 + sigma^2 = 1, which "
+                             f"{type(self.schedule).__name__} has not: expected eps or x0")
 
     def predict(self, x: Tensor, here: Point | Sequence[Point], on: Schedule, labels: Tensor | None, guidance: float
                 ) -> tuple[Tensor, Tensor]:
@@ -307,6 +361,19 @@ def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: f
                 found[name].append(float(cosines.mean()))
             x = there.alpha * x0 + there.sigma * eps
     return found
+
+
+def _unit_times(schedule: Schedule, n_steps: int, spacing: str) -> list[float]:
+    """`Schedule.times` where t runs from 1 (full noise) down to schedule.cleanest."""
+    cleanest = schedule.cleanest
+    if spacing == "trailing":
+        return [1 - i / n_steps for i in range(n_steps)]
+    if spacing == "leading":
+        return [cleanest + (1 - cleanest) * (n_steps - 1 - i) / n_steps for i in range(n_steps)]
+    if spacing == "linspace":
+        return [1 + (cleanest - 1) * i / max(n_steps - 1, 1) for i in range(n_steps)]
+    low, high = schedule.at(1.0).log_snr, schedule.at(cleanest).log_snr
+    return [schedule.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
 
 
 def _scales(log_snr: float) -> tuple[float, float]:
