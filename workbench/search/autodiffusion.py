@@ -86,7 +86,7 @@ class Space:
                 and candidate.layers(len(self.layers)) <= self.max_layers
                 and (bool(self.layers) or len(candidate.timesteps) == self.n_steps))
 
-    def random(self, source: random.Random, max_skips: int) -> Candidate:
+    def draw(self, source: random.Random, max_skips: int) -> Candidate:
         """A candidate by chance, each step with up to max_skips blocks skipped, as many steps as the budget allows.
 
         One step is drawn from the cleanest 1 / n_steps of the times: without one there, noise is left in the samples.
@@ -250,13 +250,13 @@ def evolve(space: Space, ask: Callable[[Candidate], float], *, max_skip: float, 
 
     even = space.uniform()
     breed(1, lambda: even)
-    breed(population // 2, lambda: space.random(source, 0))
+    breed(population // 2, lambda: space.draw(source, 0))
     breed(population - 1 - population // 2, lambda: mutate(space, even, source, INITIAL_MUTATION, 0))
 
     def generation(parents: Sequence[Candidate], most: int) -> int:
         born = breed(mutation, lambda: mutate(space, source.choice(parents), source, m_prob, most))
         born += breed(crossover, lambda: cross(source.choice(parents), source.choice(parents), source))
-        return born + breed(population - born, lambda: space.random(source, most))
+        return born + breed(population - born, lambda: space.draw(source, most))
 
     level, former = 0, None
     for epoch in range(epochs - 1):

@@ -25,7 +25,8 @@ def ends(schedule: Schedule) -> tuple[float, float]:
 def shares_of(schedule: Schedule, times: Sequence[float]) -> tuple[float, ...]:
     """The schedule's own times as shares of its range, 0 the cleanest level and 1 full noise: the knob's unit."""
     low, high = ends(schedule)
-    return tuple((t - low) / (high - low) for t in times)
+    shares = [(t - low) / (high - low) for t in times]
+    return tuple(min(max(s, 0.0), 1.0) if -1e-12 < s < 1 + 1e-12 else s for s in shares)  # rounding puts none outside
 
 
 def times_of(schedule: Schedule, shares: Sequence[float]) -> list[float]:
