@@ -573,10 +573,10 @@ function render({ model, el }) {
     method.value = local.method;
     if (!isTyping(seed)) seed.value = local.seed;
     for (const { knob, nodes, put, row, reason } of controls) {
-      const unmet = Object.entries(knob.needs).find(([name, value]) => local.knobs[name] !== value);
+      const unmet = Object.entries(knob.needs).find(([name, wanted]) => ![wanted].flat().includes(local.knobs[name]));
       nodes.forEach((node) => { node.disabled = Boolean(unmet); });
       row.classList.toggle("wb-off", Boolean(unmet));
-      reason.textContent = !unmet ? "" : ` needs ${words(unmet[0])} ${words(String(unmet[1]))}`;
+      reason.textContent = !unmet ? "" : ` needs ${words(unmet[0])} ${[unmet[1]].flat().map((value) => words(String(value))).join(" or ")}`;
       put(local.knobs[knob.name]);
     }
     drawStrip();

@@ -313,8 +313,8 @@ class Explorer:
         known = {k: v for layer in layers for k, v in layer.items() if k in spec.knobs}
         known.update(changes)
         for name, bound in spec.knobs.items():
-            needs = bound.knob.needs.items()
-            if name not in changes and any(known.get(k, spec.knobs[k].default) != v for k, v in needs):
+            others = {k: known.get(k, spec.knobs[k].default) for k in bound.knob.needs}
+            if name not in changes and not bound.knob.is_met(others):
                 known.pop(name, None)  # without effect now: back to its default
         return workbench.inputs(spec, self.problem, seed, n_samples, **known)
 
