@@ -53,6 +53,7 @@ class Schedule(Protocol):
     def t_at(self, log_snr: float) -> float: ...
     def progress(self, t: float) -> float: ...  # 0 at full noise, 1 at the data
     def times(self, n_steps: int, spacing: str) -> list[float]: ...
+    def __hash__(self) -> int: ...  # solvers keep what they computed for a schedule
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,22 @@ def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") ->
     """n_steps + 1 noise levels, full noise first.
 
     spacing is one of SPACINGS: diffusers' three, even in log-SNR, "karras" (arXiv 2206.00364, equation 5, rho 7) and
-    "t_quadratic" (arXiv 2204.13902). final: the last level is the clean data (sigma "zero") or the schedule's "cleanest".
+    "t_quadratic" (arXiv 2204.13902). final: the last level is the clean data (sigma "zero") or the schedule's
+    "cleanest", which "linspace" and "leading" reach on even steps.
     Raises ValueError where the schedule has fewer levels than steps.
     """
     if spacing in ("karras", "t_quadratic"):
         return power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
-    last = CLEAN if final == "zero" else schedule.at(schedule.cleanest)
-    return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [last]
+    if final == "zero":
+        return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [CLEAN]
+    if spacing in ("linspace", "leading"):  # these end at the cleanest level by themselves
+        times = schedule.times(n_steps + 1, spacing)[:-1]
+    else:
+        times = schedule.times(n_steps, spacing)
+    if times[-1] <= schedule.cleanest + 1e-9:
+        raise ValueError(f"n_steps={n_steps}: with spacing={spacing!r} the cleanest level comes before the last step, "
+                         f"expected fewer steps or final='zero'")
+    return [schedule.at(t) for t in (*times, schedule.cleanest)]
 
 
 def noisiest(schedule: Schedule) -> Point:
@@ -213,19 +223,22 @@ def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final
 
     phase: time "t", "rho" = sigma / alpha, or "log_rho" (power has no meaning there). With final "zero" the first
     n_steps levels span that range and the clean data (sigma 0) follows. Source: arXiv 2204.13902, appendix H.3.
+    Raises ValueError for another phase.
     """
-    ends = schedule.at(schedule.times(1, "trailing")[0]), schedule.at(schedule.cleanest)
+    if phase not in PHASES:
+        raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
+    ends = noisiest(schedule), schedule.at(schedule.cleanest)
     n_levels = n_steps if final == "zero" else n_steps + 1
-    shares = [i / max(n_levels - 1, 1) for i in range(n_levels)]
+    shares = [i / (n_levels - 1) for i in range(1, n_levels - 1)]
     if phase == "log_rho":
         a, b = (-p.log_snr for p in ends)
-        inner = [schedule.t_at(-(a + (b - a) * s)) for s in shares[1:-1]]
+        inner = [schedule.t_at(-(a + (b - a) * s)) for s in shares]
     else:
         a, b = ((p.t if phase == "t" else math.exp(-p.log_snr)) ** (1 / power) for p in ends)
-        values = [(a + (b - a) * s) ** power for s in shares[1:-1]]
+        values = [(a + (b - a) * s) ** power for s in shares]
         inner = values if phase == "t" else [schedule.t_at(-math.log(v)) for v in values]
-    levels = [ends[0], *map(schedule.at, inner), ends[1]][: n_levels]
-    return levels + [CLEAN] if final == "zero" else levels
+    levels = [ends[0], *map(schedule.at, inner), ends[1]][:n_levels]
+    return [*levels, CLEAN] if final == "zero" else levels
 
 
 def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:
