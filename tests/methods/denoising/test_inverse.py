@@ -13,7 +13,7 @@ from workbench.methods.denoising.inverse import COLOURS, guided_by, known_grey, 
 from workbench.methods.denoising.score_sde import SDES, Condition, levels, pc_sample, sde_path
 from workbench.problems.denoising import PREDICTIONS, ContinuousVE, ContinuousVP, Denoiser, DiscreteSchedule
 from workbench.problems.digits import digits
-from workbench.problems.mixtures import Mixture, gaussian_mixture_denoiser
+from workbench.problems.mixtures import Mixture
 from workbench.rng import Rng
 
 VP = ContinuousVP()
@@ -253,5 +253,3 @@ def test_the_classifier_is_a_law():
         torch.testing.assert_close(total, torch.ones_like(total))
     near = PLANE.means[:1]
     assert float(mixture_classifier(PLANE, GROUPS, torch.tensor([0]))(near, VP.at(1e-3)).exp()) > 0.95
-    joint = gaussian_mixture_denoiser(PLANE.weights, PLANE.means, PLANE.covariances, VP)
-    assert joint(near, torch.tensor([0.5])).shape == (1, 2)
