@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import linalg, stats
@@ -199,7 +200,9 @@ def test_nearest_training_is_zero_for_copies_only():
 
 def test_proportion():
     made = proportion(torch.tensor([True, True, False, True]))
-    assert made == Quality(0.75, math.sqrt(0.75 * 0.25 / 4), 4)
+    low, high = np.roots([1 + 1 / 4, -(2 * 0.75 + 1 / 4), 0.75**2])  # (p - 3/4)^2 = p (1 - p) / 4
+    assert made == Quality(0.75, pytest.approx(abs(high - low) / 2), 4)
+    assert proportion(torch.ones(16) > 0).stderr > 0.02  # all of a few hit: no certainty
 
 
 def test_metrics_say_what_they_need():

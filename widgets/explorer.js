@@ -406,11 +406,11 @@ function render({ model, el }) {
   const ends = () => cumulated().map((share) => reached().filter((r) => r <= share + 1e-9).length);
 
   function moveHandle(k, step) {
-    const now = ends();
-    const to = clamp(step, now[k - 1] ?? 0, now[k + 1] ?? reached().length);
-    if (to === now[k]) return;
-    const shares = cumulated();
-    shares[k] = clamp(to ? reached()[to - 1] : 0, shares[k - 1] ?? 0, shares[k + 1] ?? 1);
+    const to = clamp(step, 0, reached().length);
+    if (to === ends()[k]) return;
+    const at = to ? reached()[to - 1] : 0;
+    // other marks in the way are pushed along
+    const shares = cumulated().map((share, j) => j === k ? at : j < k ? Math.min(share, at) : Math.max(share, at));
     let parts = [...shares, 1].map((c, i) => Math.max(+(c - (shares[i - 1] ?? 0)).toFixed(12), 0));
     if (isReversed()) parts = parts.reverse();
     change({ knobs: { fractions: parts.slice(0, -1) } });

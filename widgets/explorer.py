@@ -17,6 +17,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,10 +37,10 @@ from workbench.problems.denoising import Denoising, grid
 from workbench.quality import drift
 from workbench.rng import Rng
 from workbench.run import environment
+from workbench.sweep import address
 
 HERE = Path(__file__).parent
-QUIET = 0.15  # seconds without a wish before idle work starts
-GRACE = 0.06  # seconds that a started run may go on although it is overtaken, so that a steady drag shows results
+QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
 FRAME = 1 / 30  # seconds between two previews of one run
 BATCH = 25  # samples per batch of a long score
 SCORES = (500, 2000)  # numbers of samples that the panel offers to score
@@ -87,10 +88,14 @@ class Explorer:
         self._memo = Memo(128_000_000)
         self._fresh = False  # whether a network was evaluated since the last look
         self._shared = problem.wrapped(self._watched).wrapped(self._memo.wrap)
+        self._remembered = problem.wrapped(self._memo.recall)
+        self._pictures = Memo(32_000_000)
+        self._images = self._pictures.wrap("images", problem.images) if problem.images else None
         self._runs: dict[str, Run] = {}
         self._timings: dict[str, Timing] = {}
         self._pixels: dict[str, Tensor] = {}
         self._failed: set[str] = set()
+        self._glimpsed: set[str] = set()  # trunks whose pictures are kept
         self._past: list[Inputs] = []
         self._future: list[Inputs] = []
         self._gesture: Any = None
@@ -336,6 +341,8 @@ class Explorer:
                 self._future.clear()
             self._gesture = gesture
             self._go(wanted)
+        if not self.is_headless:
+            self._glimpse(wanted)
         self._publish_view()
 
     def _travel(self, source: list[Inputs], target: list[Inputs]) -> None:
@@ -424,7 +431,7 @@ class Explorer:
         run = self._known(wanted)
         if run is None:
             run = self._run_with_previews(wanted, overtaken)
-        else:
+        if not overtaken():
             self._publish("frame", self._frame(run))
         with self._change:
             self.run = self._keep(run)
@@ -434,27 +441,44 @@ class Explorer:
         self._frontier_is_old = True  # drawn anew once the hand rests
 
     def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
-        begin, drawn, interval = time.monotonic(), -math.inf, FRAME
-        has_drawn = False
+        drawn, interval = -math.inf, FRAME
         self._fresh = False
 
         def on_step(step: Step) -> None:
-            nonlocal drawn, interval, has_drawn
-            is_last = step.info["there"].sigma == 0
-            # steps answered from memory take no time and would only flash by
-            if is_last or (self._fresh and time.monotonic() - drawn >= interval):
+            nonlocal drawn, interval
+            is_last = step.info["there"].sigma == 0  # the finished run is drawn by `_show`
+            # steps answered from memory take no time: `_glimpse` has shown how far they reach
+            if self._fresh and not is_last and not overtaken() and time.monotonic() - drawn >= interval:
                 before = time.monotonic()
-                pixels = self._picture(step.state if is_last else step.info["x0"])
-                self._publish("frame", self._frame(wanted, pixels, step.info["i"] + 1))
-                drawn, has_drawn = time.monotonic(), True
+                self._preview(wanted, step)
+                drawn = time.monotonic()
                 interval = max(FRAME, 4 * (drawn - before))  # previews take a fifth of the time at most
             self._fresh = False
 
-        def stop() -> bool:
-            return overtaken() and (self._is_closed or (has_drawn and time.monotonic() - begin > GRACE))
+        return workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples,
+                             stop=lambda: self._is_closed or overtaken(), on_step=on_step, **wanted.knobs)
 
-        return workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples, stop=stop, on_step=on_step,
-                             **wanted.knobs)
+    def _glimpse(self, wanted: Inputs) -> None:
+        """Show at once what is remembered of the settings wanted: a finished run, or the last data estimate known.
+
+        In the thread that asks, so that it need not wait for the step that the worker is in.
+        """
+        run = self._runs.get(wanted.key)
+        if run is not None:
+            self._publish("frame", self._frame(run))
+            return
+        steps = []
+        with suppress(LookupError):  # as far as memory reaches: extend keeps the steps before
+            steps.extend(METHODS[wanted.method].function(self._remembered, Rng(wanted.seed, wanted.n_samples),
+                                                         **wanted.knobs))
+        # to decode takes long while the worker computes: rather an earlier picture at once
+        kept = [s for s in steps if self._pictures.get(address("images", (s.info["x0"],))) is not None]
+        if steps:
+            self._preview(wanted, (kept or steps)[-1])
+
+    def _preview(self, wanted: Inputs, step: Step) -> None:
+        """Show the data estimate of a step."""
+        self._publish("frame", self._frame(wanted, self._picture(step.info["x0"]), step.info["i"] + 1))
 
     def _task(self) -> Callable[[Stop], None] | None:
         """The next useful thing while nobody asks: a long score, the rivals, the time, neighbouring settings."""
@@ -463,6 +487,9 @@ class Explorer:
         if self._score is not None:
             return self._score_batch
         shown = self.run.inputs
+        trunk = self._trunk(shown)
+        if trunk is not None and trunk.key not in self._glimpsed and trunk.key not in self._failed:
+            return lambda stop: self._prepare(trunk, stop)
         for name in ("reference", "baseline"):
             rival = self._rival(name, shown)
             if rival.key not in self._runs and rival.key not in self._failed:
@@ -474,6 +501,23 @@ class Explorer:
             if missing:
                 return lambda stop: self._fill(missing[0], stop, f"filling in {len(missing)} neighbouring settings")
         return None
+
+    def _trunk(self, now: Inputs) -> Inputs | None:
+        """The trajectory that every other switch point starts on: the first model's alone."""
+        if "fractions" not in now.knobs or len(self.problem.models) < 2:
+            return None
+        first = now.knobs.get("order") != "costly_first"
+        return workbench.inputs(now.method, self.problem, now.seed, now.n_samples,
+                                **{**now.knobs, "fractions": (float(first),)})
+
+    def _prepare(self, trunk: Inputs, stop: Stop) -> None:
+        """Walk along the trunk and keep its pictures, so that a glimpse of any switch point is at hand."""
+        self._fill(trunk, stop, "preparing previews")
+        for step in METHODS[trunk.method].function(self._shared, Rng(trunk.seed, trunk.n_samples), **trunk.knobs):
+            self._picture(step.info["x0"])
+            if stop():
+                raise Cancelled
+        self._glimpsed.add(trunk.key)
 
     def _fill(self, wanted: Inputs, stop: Stop, status: str) -> None:
         self._tell(status)
@@ -596,10 +640,10 @@ class Explorer:
 
     def _picture(self, state: Tensor) -> Tensor:
         """Samples as they are drawn: (n, H, W[, 3]) uint8, or (n, D) float32 where they are no pictures."""
-        if self.problem.images is None:
+        if self._images is None:
             return state.detach().flatten(1).float().cpu()
         with torch.no_grad():
-            return self.problem.images(state)
+            return self._images(state)
 
     def _drawn(self, run: Run) -> Tensor:
         key = run.inputs.key

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from browser.lab import Lab, Traffic, assert_local, drag, is_blank, open_notebook, run_all
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Page, expect
 from run_all import NOTEBOOKS, notebooks, smoke_parameters
@@ -19,7 +20,7 @@ SOON = 60_000  # a busy machine is slow; how quick an answer is, the benchmarks 
 
 @pytest.mark.parametrize("source", notebooks(), ids=lambda path: path.stem)
 def test_a_notebook_lives_in_jupyterlab(source: Path, page: Page, lab: Lab, traffic: Traffic) -> None:
-    given = nbformat.read(source, as_version=4)
+    given = load_notebook_node(str(source))
     nbformat.write(parameterize_notebook(given, smoke_parameters(given)), lab.notebooks / source.name)
     link = lab.notebooks.parent / "workbench"  # notebooks name the embedded models' folders relative to their own
     if not link.exists():

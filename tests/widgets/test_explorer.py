@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 import time
@@ -55,7 +56,7 @@ def test_the_answer_shown_is_the_answer_of_a_bare_run_although_work_is_shared() 
 
 
 def test_a_moved_switch_point_asks_only_for_the_steps_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("widgets.explorer.QUIET", 60)  # no idle work, which would be counted too
+    monkeypatch.setattr(importlib.import_module("widgets.explorer"), "QUIET", 60)  # no idle work
     toy = Toy(seconds=0.002)
     e = explorer(toy.problem, fractions=(0.5,))
     e.wait()

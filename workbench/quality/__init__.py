@@ -43,8 +43,9 @@ METRICS = {
                "between Gaussians fitted to classifier features of samples and of held-out data; biased up at small n"),
         Metric("kernel_distance", "kernel distance", "x 1000", False, 100,
                "unbiased squared MMD of classifier features, cubic kernel; may fall below 0 by chance"),
-        Metric("drift", "distance from reference", "RMS pixel", False, 4,
-               "root mean square difference from the reference run that starts from the same noise"),
+        Metric("drift", "distance from reference", "RMS", False, 4,
+               "root mean square difference (of pixels, 0 to 1, or of states that are no pictures) from the reference "
+               "run that starts from the same noise"),
         Metric("wasserstein_1", "Wasserstein-1 distance", "data units", False, 500,
                "mean distance by which samples must move to follow the true law, along one axis or averaged over axes"),
         Metric("energy_distance", "energy distance", "data units", False, 200,
@@ -56,9 +57,12 @@ METRICS = {
 
 
 def proportion(hits: Tensor) -> Quality:
-    """The share of true entries of hits (n,), with the binomial standard error."""
+    """The share of true entries of hits (n,). Its error is half of Wilson's interval at one standard error.
+
+    That is the binomial standard error for large n, and does not claim certainty where all hit or none did.
+    """
     n, share = len(hits), float(hits.double().mean())
-    return Quality(share, math.sqrt(share * (1 - share) / n), n)
+    return Quality(share, math.sqrt(share * (1 - share) / n + 0.25 / n**2) / (1 + 1 / n), n)
 
 
 def frechet_distance(features: Tensor, reference_mean: Tensor, reference_cov: Tensor) -> float:

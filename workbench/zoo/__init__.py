@@ -59,9 +59,12 @@ def _folder(size: str) -> Path:
 def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
     """A fresh pipeline of one size, float32 on the CPU unless `options` (of from_pretrained) say otherwise.
 
+    Its weights lie in memory channels last: convolutions on a CPU take 10 to 25 % less time then.
+
     Raises:
         ValueError: for an unknown size.
     """
+    import torch
     from diffusers.utils import logging
 
     from workbench.zoo.pipeline import GlyphPipeline
@@ -69,10 +72,13 @@ def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
     folder, is_shown = _folder(size), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # three small files need none
     try:
-        return GlyphPipeline.from_pretrained(folder, **options)
+        pipe = GlyphPipeline.from_pretrained(folder, **options)
     finally:
         if is_shown:
             logging.enable_progress_bar()
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    return pipe
 
 
 def weights_digest(size: str) -> str:
