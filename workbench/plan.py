@@ -214,22 +214,34 @@ def preset_plan(name: str, points: Sequence[Point], *, lower_order_final: bool =
                 ) -> Plan:
     """A known solver as a plan over noise levels (n + 1 `points`, falling; the last may be the data).
 
+    As `preset_decisions`. Raises ValueError for an unknown name.
+    """
+    to_data = points[-1].sigma == 0
+    decisions = preset_decisions(name, len(points) - 1, to_data=to_data, lower_order_final=lower_order_final,
+                                 corrector=corrector)
+    return Plan(tuple(p.t for p in points[:-1]), decisions, None if to_data else points[-1].t)
+
+
+def preset_decisions(name: str, n_steps: int, *, to_data: bool, lower_order_final: bool = True,
+                     corrector: str = "preset") -> tuple[Decision, ...]:
+    """The decisions of a known solver for n_steps steps.
+
     Step i has at most order i + 1; with lower_order_final at most as many as there are steps left; into the data 1.
     corrector: the preset's own, or one of CORRECTORS for all steps but the last.
     Raises ValueError for an unknown name.
     """
     _one_of("preset", name, tuple(PRESETS))
-    recipe, n_steps, to_data = PRESETS[name], len(points) - 1, points[-1].sigma == 0
+    recipe = PRESETS[name]
     kind = recipe.corrector if corrector == "preset" else corrector
     decisions = []
     for i in range(n_steps):
         order = min(recipe.order, i + 1, n_steps - i if lower_order_final else recipe.order)
-        last = i == n_steps - 1
-        decision = Decision(recipe.prediction, _terms(recipe, 1 if last and to_data else order))
-        if kind != "none" and not last:
+        is_last = i == n_steps - 1
+        decision = Decision(recipe.prediction, _terms(recipe, 1 if is_last and to_data else order))
+        if kind != "none" and not is_last:
             decision = replace(decision, corrector=kind, correction=_terms(recipe, order + 1))
         decisions.append(decision)
-    return Plan(tuple(p.t for p in points[:-1]), tuple(decisions), None if to_data else points[-1].t)
+    return tuple(decisions)
 
 
 def _terms(recipe: Recipe, order: int) -> Expansion:

@@ -16,9 +16,12 @@ from toys import STARTS, log_snr_points, plane, solve, true_flow
 
 import workbench.methods.denoising.usf as in_module
 from workbench import inputs, run
+from workbench.methods.denoising._dpm import multistep_step
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import ddim_step
+from workbench.methods.denoising.deis import deis_step
 from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
+from workbench.methods.denoising.unipc import unipc_step
 from workbench.methods.denoising.usf import derivative_weights, nfe, phi, plan_step, relaxation, run_plan, usf_step
 from workbench.plan import CORRECTORS, PRESETS, RELAXATIONS, Decision, Expansion, Plan, preset_plan
 from workbench.problems.denoising import CLEAN, DiscreteSchedule, grid
@@ -121,20 +124,44 @@ def with_preset(name, points, noise=NOISE, *, problem=None, **settings):
     return solve(problem or two_modes(), plan_step, points, noise, plan=preset_plan(name, points, **settings))
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
+OWN = {
+    "ddim": (ddim_step, {}),
+    "dpmpp_2m": (dpmpp_2m_step, {}),
+    "dpmpp_2m_taylor": (multistep_step, {"correction": "taylor"}),
+    "dpmpp_3m": (multistep_step, {"order": 3}),
+    "dpmpp_3m_taylor": (multistep_step, {"order": 3, "correction": "taylor"}),
+    "dpm_solver_2m": (multistep_step, {"prediction": "eps"}),
+    "deis_2": (deis_step, {"variant": "log_rho_ab", "degree": 1}),
+    "deis_3": (deis_step, {"variant": "log_rho_ab", "degree": 2}),
+    "unipc_bh1": (unipc_step, {"variant": "bh1"}),
+    "unipc_bh2": (unipc_step, {"variant": "bh2"}),
+    "unipc_bh2_3": (unipc_step, {"order": 3, "variant": "bh2"}),
+}
+
+
+def test_every_preset_has_a_solver_to_be_compared_with():
+    assert set(OWN) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_presets_are_the_projects_own_solvers(name):
-    solver = {"ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}[name]
-    for n_steps in (1, 2, 3, 4, 9):
-        for points in (log_snr_points(n_steps), [*log_snr_points(n_steps), CLEAN]):
-            ours = with_preset(name, points, lower_order_final=False)
-            torch.testing.assert_close(ours, solve(two_modes(), solver, points, NOISE), **CLOSE)
+    solver, knobs = OWN[name]
+    has_choice = solver in (multistep_step, unipc_step)  # of lowering the order towards the end
+    for is_lower in (False, True)[: 1 + has_choice]:
+        more = {"lower_order_final": is_lower} if has_choice else {}
+        for n_steps in (1, 2, 3, 4, 9):
+            for points in (log_snr_points(n_steps), [*log_snr_points(n_steps), CLEAN]):
+                ours = with_preset(name, points, lower_order_final=is_lower)
+                torch.testing.assert_close(ours, solve(two_modes(), solver, points, NOISE, **knobs, **more), **CLOSE)
 
 
-@pytest.mark.parametrize("field", [{"order": 3}, {"relaxation": "bh1"}, {"prediction": "eps"}, {"order": 1}])
-def test_identity_fails_for_a_broken_twin(monkeypatch, field):
-    monkeypatch.setitem(PRESETS, "dpmpp_2m", PRESETS["dpmpp_2m"]._replace(**field))
+@pytest.mark.parametrize(("name", "field"), [
+    ("dpmpp_2m", {"order": 3}), ("dpmpp_2m", {"relaxation": "bh1"}), ("dpmpp_3m", {"second": 1.0}),
+    ("deis_3", {"prediction": "x0"}), ("unipc_bh2", {"corrector": "none"}), ("unipc_bh1", {"relaxation": "bh2"})])
+def test_identity_fails_for_a_broken_twin(monkeypatch, name, field):
+    monkeypatch.setitem(PRESETS, name, PRESETS[name]._replace(**field))
     with pytest.raises(AssertionError, match="not close"):
-        test_presets_are_the_projects_own_solvers("dpmpp_2m")
+        test_presets_are_the_projects_own_solvers(name)
 
 
 def by_stages(x, points, order, prediction, is_taylor, denoise):
