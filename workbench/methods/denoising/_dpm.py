@@ -107,14 +107,15 @@ def singlestep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str
     if there.sigma == 0:
         return now.x0, now
     inner = stages(step.schedule, here, there, order) if between is None else between[here]
-    values, shares = [getattr(now, prediction)], []
+    values: list[Tensor] = [getattr(now, prediction)]
+    spans: list[float] = []
     for level in inner:
         span = level.log_snr - here.log_snr
-        weights = combination(here, [s / span for s in shares], level, prediction, "taylor")
+        weights = combination(here, [s / span for s in spans], level, prediction, "taylor")
         values.append(getattr(estimated(step, combined(x, values, weights), level, quantile), prediction))
-        shares.append(span)
+        spans.append(span)
     span = there.log_snr - here.log_snr
-    weights = combination(here, [s / span for s in shares], there, prediction, correction)
+    weights = combination(here, [s / span for s in spans], there, prediction, correction)
     return combined(x, values, weights), now
 
 
@@ -137,7 +138,7 @@ def combination(here: Point, shares: Sequence[float], there: Point, prediction: 
     return form.decay, *(-form.scale * w for w in (w0 - sum(later), *later))
 
 
-def combined(x: Tensor, values: Sequence[Tensor], weights: Sequence[float] | Sequence[Tensor]) -> Tensor:
+def combined(x: Tensor, values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
     """The state x (B, *shape) and the estimates, weighted."""
     out = weights[0] * x
     for value, weight in zip(values, weights[1:], strict=True):

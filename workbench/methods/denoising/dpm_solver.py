@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 from workbench.knob import Knob
 from workbench.method import Step, method
@@ -84,8 +84,8 @@ def dpm_solver(
         raise ValueError(f"stochastic=True: only with order=1, or 2 and scheme='multistep', got {order} and {scheme!r}")
     if thresholding and problem.is_latent:
         raise ValueError(f"thresholding=True: only False is allowed, the states of {problem.name} are latents")
-    knobs = {"order": order, "prediction": prediction, "correction": correction,
-             "quantile": quantile if thresholding else None}
+    knobs: dict[str, Any] = {"order": order, "prediction": prediction, "correction": correction,
+                             "quantile": quantile if thresholding else None}
     owner = problem.models[-1 if model == "best" else 0]
     if scheme == "singlestep" and order > 1:
         points, between = packed(problem.schedule, n_steps, order, spacing, final)
