@@ -96,7 +96,8 @@ def methods_table() -> str:
     rows = ["| method | family | what it does | knobs | evaluations per sample | source |", "|---|---|---|---|---|---|"]
     for m in sorted(METHODS.values(), key=lambda m: (m.family, m.name)):
         knobs = ", ".join(f"`{name}`" for name in m.knobs)
-        rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {knobs} | {'at most ' * m.is_bound}`{m.cost}` | {m.source} |")
+        cost = f"{'at most ' * m.is_bound}`{m.cost}`"
+        rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {knobs} | {cost} | {m.source} |")
     return "\n".join(rows)
 
 

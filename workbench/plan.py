@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,14 +233,19 @@ def preset_decisions(name: str, n_steps: int, *, to_data: bool, lower_order_fina
     """
     _one_of("preset", name, tuple(PRESETS))
     recipe = PRESETS[name]
-    kind = recipe.corrector if corrector == "preset" else corrector
+    return _decisions(recipe if corrector == "preset" else recipe._replace(corrector=corrector), n_steps, to_data,
+                      lower_order_final)
+
+
+@lru_cache(maxsize=256)
+def _decisions(recipe: Recipe, n_steps: int, to_data: bool, lower_order_final: bool) -> tuple[Decision, ...]:
     decisions = []
     for i in range(n_steps):
         order = min(recipe.order, i + 1, n_steps - i if lower_order_final else recipe.order)
         is_last = i == n_steps - 1
         decision = Decision(recipe.prediction, _terms(recipe, 1 if is_last and to_data else order))
-        if kind != "none" and not is_last:
-            decision = replace(decision, corrector=kind, correction=_terms(recipe, order + 1))
+        if recipe.corrector != "none" and not is_last:
+            decision = replace(decision, corrector=recipe.corrector, correction=_terms(recipe, order + 1))
         decisions.append(decision)
     return tuple(decisions)
 

@@ -306,10 +306,10 @@ class Denoiser:
         else:
             raw = self.network(own, times, labels)
         if self.prediction == "eps":
-            return (x - sigma * raw) / alpha, raw
+            return _less(x, raw, sigma) / alpha, raw
         if self.prediction == "v":
             raw = _scale([p.alpha for p in points], x) * own - _scale([p.sigma for p in points], x) * raw
-        return raw, (x - alpha * raw) / sigma
+        return raw, _less(x, raw, alpha) / sigma
 
 
 @dataclass(frozen=True)
@@ -400,8 +400,15 @@ def _scale(values: Sequence[float], like: Tensor) -> float | Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def _less(x: Tensor, other: Tensor, scale: float | Tensor) -> Tensor:
+    """x - scale * other, in one pass where the scale is one number."""
+    return x - scale * other if isinstance(scale, Tensor) else torch.sub(x, other, alpha=scale)
+
+
 def _times(values: Sequence[float], like: Tensor) -> Tensor:
     """The time of each row of `like`: integers where all are a table's entries, as networks expect them."""
-    each = list(values) * (len(like) if len(values) == 1 else 1)
     is_whole = all(t == int(t) for t in values)
-    return torch.tensor(each, dtype=torch.int64 if is_whole else like.dtype, device=like.device)
+    dtype = torch.int64 if is_whole else like.dtype
+    if len(values) == 1:
+        return torch.full((len(like),), int(values[0]) if is_whole else values[0], dtype=dtype, device=like.device)
+    return torch.tensor(values, dtype=dtype, device=like.device)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from workbench.knob import Knob
@@ -34,7 +35,7 @@ def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Ev
     if there.sigma == 0:
         return x0, now
     if eta == 0:
-        return there.alpha * x0 + there.sigma * eps, now
+        return torch.add(there.alpha * x0, eps, alpha=there.sigma), now
     ratio = here.alpha / there.alpha
     fresh = eta * there.sigma / here.sigma * math.sqrt(max(1 - ratio**2, 0.0))
     return there.alpha * x0 + math.sqrt(max(there.sigma**2 - fresh**2, 0.0)) * eps + fresh * step.noise(), now

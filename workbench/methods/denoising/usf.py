@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Annotated, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from workbench.knob import Knob
@@ -61,7 +63,8 @@ def relaxation(kind: str, slope: float, h: float, z: float) -> float:
     return 1 + {"none": 0, "plus_half_exp": 0.5, "minus_half_exp": -0.5}[kind] * math.expm1(z)
 
 
-def weights(history: Sequence[Point], start: int, there: Point, prediction: str, terms: Expansion) -> Weights:
+@lru_cache(maxsize=8192)
+def weights(history: tuple[Point, ...], start: int, there: Point, prediction: str, terms: Expansion) -> Weights:
     """The linear combination that takes the state from history[start] to `there`.
 
     history: points of the evaluations at hand, newest first. Where it is shorter than `terms` asks, the order is lower.
@@ -97,7 +100,7 @@ def weights(history: Sequence[Point], start: int, there: Point, prediction: str,
 def predicted(history: Sequence[Evaluated], there: Point, decision: Decision) -> Tensor:
     """The state at `there`; history (newest first) starts with the evaluation at the current point."""
     start = min(decision.start, len(history) - 1)
-    found = weights([e.point for e in history], start, there, decision.prediction, decision.expansion)
+    found = weights(tuple(e.point for e in history), start, there, decision.prediction, decision.expansion)
     return _combined(history, start, found)
 
 
@@ -105,7 +108,7 @@ def corrected(now: Evaluated, past: Sequence[Evaluated], arrived: Decision) -> T
     """The state at `now`, to which the step `arrived` led, corrected by the evaluation there."""
     start = 1 + min(arrived.start, len(past) - 1)
     history = (now, *past)
-    found = weights([e.point for e in history], start, now.point, arrived.prediction, arrived.correction)
+    found = weights(tuple(e.point for e in history), start, now.point, arrived.prediction, arrived.correction)
     return _combined(history, start, found)
 
 
@@ -173,5 +176,5 @@ def _combined(history: Sequence[Evaluated], start: int, found: Weights) -> Tenso
     out = found.state * history[start].x
     for evaluated, weight in zip(history, found.values, strict=True):
         if weight:
-            out = out + weight * (evaluated.x0 if found.prediction == "x0" else evaluated.eps)
+            out = torch.add(out, evaluated.x0 if found.prediction == "x0" else evaluated.eps, alpha=weight)
     return out
