@@ -27,7 +27,7 @@ COME_ALONG |= {"IPython", "traitlets"}  # ipywidgets and ipykernel
 COME_ALONG |= {"scipy", "huggingface_hub", "tokenizers", "tqdm"}  # scikit-learn, transformers
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy", ".npz"}
 MAX_WEIGHT_BYTES = 40e6
-MAX_METHOD_LINES = 200
+MAX_METHOD_LINES = 280
 
 
 def sources(*folders: str) -> list[Path]:

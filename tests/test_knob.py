@@ -77,6 +77,14 @@ def register():
     sys.modules.pop("workbench.methods.example.file", None)
 
 
+def test_needs_are_values_of_other_knobs_or_any_of_several():
+    knob = Knob(help="forget", needs={"solver": ("dpmpp_2m", "unipc"), "is_on": True})
+    assert knob.enabling() == {"solver": "dpmpp_2m", "is_on": True}
+    assert all(knob.is_met({"solver": s, "is_on": True}) for s in ("dpmpp_2m", "unipc"))
+    assert not knob.is_met({"solver": "ddim", "is_on": True}) and not knob.is_met({"solver": "unipc", "is_on": False})
+    assert Knob(help="always").is_met({}) and Knob(help="always").enabling() == {}
+
+
 def test_registration_reads_the_signature(register):
     made = register(example)
     assert made is get("example") and made.family == "example" and made.summary == "Summary." and not made.exact

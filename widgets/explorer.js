@@ -388,9 +388,10 @@ function render({ model, el }) {
   const hasHandles = () => "fractions" in local.knobs && spec.models.length > 1;
   const isReversed = () => local.knobs.order === "costly_first";
 
-  // Share of the trajectory reached after each step. Until Python has answered for a new number of steps: even steps.
+  // Share of the trajectory reached after each step. With handles, until Python has answered for a new number of steps:
+  // even steps. Without, only the method knows how many steps there are.
   function reached() {
-    const n = local.knobs.n_steps ?? 1;
+    const n = hasHandles() ? local.knobs.n_steps : view.strip.log_snr.length;
     return view.strip.reached.length === n ? view.strip.reached : Array.from({ length: n }, (_, i) => (i + 1) / n);
   }
 
@@ -420,7 +421,7 @@ function render({ model, el }) {
   function owned() {
     const K = spec.models.length;
     const order = [...Array(K).keys()];
-    if (!hasHandles()) return [[local.knobs.model === "cheapest" ? 0 : K - 1, reached().length]];
+    if (!hasHandles()) return view.strip.owned;
     const at = [0, ...ends(), reached().length];
     return (isReversed() ? order.reverse() : order).map((m, i) => [m, at[i + 1] - at[i]]);
   }
@@ -464,7 +465,7 @@ function render({ model, el }) {
 
   function drawAxis(n, x) {
     const noise = view.strip.log_snr;
-    const shape = JSON.stringify([stripWidth, n, noise]);
+    const shape = JSON.stringify([stripWidth, n, noise, view.strip.is_open]);
     if (shape === axis.dataset.shape || noise.length !== n) return;
     axis.dataset.shape = shape;
     axis.replaceChildren();
@@ -472,7 +473,8 @@ function render({ model, el }) {
     for (let j = 0; j < n && x(j) <= stripWidth - 70; j += stride) {
       axis.append(s("line", { x1: x(j), x2: x(j), y1: 48, y2: 52 }), s("text", { x: x(j), y: 63, "text-anchor": j ? "middle" : "start" }, noise[j].toFixed(1)));
     }
-    axis.append(s("text", { x: EDGE, y: 76 }, "noise level: log-SNR before the step"), s("text", { x: stripWidth - EDGE, y: 63, "text-anchor": "end" }, "data"));
+    axis.append(s("text", { x: EDGE, y: 76 }, view.strip.is_open ? "as many steps as the error asks: known after the run" : "noise level: log-SNR before the step"),
+      s("text", { x: stripWidth - EDGE, y: 63, "text-anchor": "end" }, "data"));
   }
 
   function drawHandles(n, x, parts) {
@@ -492,11 +494,11 @@ function render({ model, el }) {
       node.setAttribute("aria-valuetext", at[k] > first ? `${before} takes steps ${first + 1}-${at[k]} of ${n}` : `${before} takes no step of ${n}`);
     });
     const byModel = spec.models.map((_, m) => sum(parts.filter(([owner]) => owner === m).map(([, count]) => count)));
-    chips.forEach((chip, m) => { chip.textContent = byModel[m]; });
+    chips.forEach((chip, m) => { chip.textContent = view.strip.is_open && byModel[m] ? "?" : byModel[m]; });
   }
 
   function drawProgress() {
-    const done = frame ? frame.step / frame.of : 0;
+    const done = frame && !frame.is_done && frame.of ? frame.step / frame.of : 1;
     progress.setAttribute("x", EDGE);
     progress.setAttribute("width", Math.max((stripWidth - 2 * EDGE) * done, 0));
     progress.style.opacity = done < 1 ? 1 : 0;
@@ -573,10 +575,10 @@ function render({ model, el }) {
     method.value = local.method;
     if (!isTyping(seed)) seed.value = local.seed;
     for (const { knob, nodes, put, row, reason } of controls) {
-      const unmet = Object.entries(knob.needs).find(([name, value]) => local.knobs[name] !== value);
+      const unmet = Object.entries(knob.needs).find(([name, wanted]) => ![wanted].flat().includes(local.knobs[name]));
       nodes.forEach((node) => { node.disabled = Boolean(unmet); });
       row.classList.toggle("wb-off", Boolean(unmet));
-      reason.textContent = !unmet ? "" : ` needs ${words(unmet[0])} ${words(String(unmet[1]))}`;
+      reason.textContent = !unmet ? "" : ` needs ${words(unmet[0])} ${[unmet[1]].flat().map((value) => words(String(value))).join(" or ")}`;
       put(local.knobs[knob.name]);
     }
     drawStrip();
@@ -605,18 +607,20 @@ function render({ model, el }) {
     frame = next;
     drawSamples(canvas, frame);
     Object.assign(canvas.dataset, { revision: frame.revision, key: frame.key, step: frame.step, of: frame.of });
-    canvas.setAttribute("aria-label", `samples of ${frame.title}, after step ${frame.step} of ${frame.of}`);
+    canvas.setAttribute("aria-label", `samples of ${frame.title}, ${frame.is_done ? "finished" : `after ${stepOf(frame)}`}`);
     title.textContent = title.title = frame.title;
     drawProgress();
     drawCaption();
   }
 
+  const stepOf = ({ step, of }) => `step ${step}${of ? ` of ${of}` : ""}`;
+
   function drawCaption() {
     const [n] = frame?.shape ?? [0];
     const some = spec.is_image && n > MAX_PICTURES ? `the first ${MAX_PICTURES} of ${n} samples` : "";
     const key = spec.is_image ? "" : `filled: this run${under() ? `; outline: ${law ? "the true law" : "the reference"}` : ""}`;
-    caption.textContent = [view.pinned ? "B, this run" : "", frame && frame.step < frame.of ? `estimate at step ${frame.step} of ${frame.of}` : "", some, key].filter(Boolean).join(" · ") || "\u00a0";
-    caption.classList.toggle("wb-early", Boolean(frame && frame.step < frame.of));
+    caption.textContent = [view.pinned ? "B, this run" : "", frame && !frame.is_done ? `estimate at ${stepOf(frame)}` : "", some, key].filter(Boolean).join(" · ") || "\u00a0";
+    caption.classList.toggle("wb-early", Boolean(frame && !frame.is_done));
   }
 
   function drawPinned() {
@@ -719,10 +723,14 @@ function render({ model, el }) {
     options(metricSelect, known.map((name) => [name, spec.metrics[name].label]), metric);
     options(nSelect, (frontier.ns ?? []).map((n) => [String(n), `n = ${n}`]), String(frontier.n));
     const width = plot.clientWidth || 600;
-    const height = 290;
-    const box = { left: 62, right: width - 16, top: 30, bottom: height - 40 };
     const cost = costSelect.value;
     const points = (frontier.metrics?.[metric] ?? []).filter((p) => p[cost] > 0);
+    const box = { left: 62, right: width - 16 };
+    const key = layKey(box, points);
+    box.top = 12 + LINE * (key.at(-1).row + 1);
+    box.bottom = box.top + 220;
+    const height = box.bottom + 40;
+    plot.setAttribute("height", height);
     const pointed = drawn[selected]?.point.keys; // stays under the hand while new points arrive
     drawn = [];
     select(-1);
@@ -767,7 +775,7 @@ function render({ model, el }) {
       plot.append(group);
       drawn.push({ point, x, y });
     });
-    drawKey(box, points);
+    drawKey(key);
     plot.append(ring);
     markShown();
     if (pointed) select(drawn.findIndex(({ point }) => point.keys.some((key) => pointed.includes(key))));
@@ -779,18 +787,31 @@ function render({ model, el }) {
     ring.setAttribute("transform", `translate(${here?.x ?? 0},${here?.y ?? 0})`);
   }
 
-  function drawKey(box, points) {
+  // Where the entries of the key stand: {name, x, row, k}, in as many rows as they need.
+  const LINE = 18;
+  function layKey(box, points) {
     const used = spec.methods.map((entry, k) => [entry.name, k]).filter(([name]) => points.some((p) => p.method === name && !p.role));
-    let x = box.left;
-    for (const [name, k] of used) {
-      const mark = marker(SHAPES[k % SHAPES.length], x + 6, 14, 4.5);
-      mark.setAttribute("class", "wb-mark");
-      mark.setAttribute("fill", colour(k));
-      plot.append(mark, s("text", { class: "wb-keytext", x: x + 15, y: 18 }, name));
-      x += 28 + 7 * name.length;
+    let [x, row] = [box.left, 0];
+    return [...used, ["Pareto front", -1], [`shown · n = ${frontier.n} per run`, -2]].map(([name, k]) => {
+      const wide = 32 + 6.7 * name.length;
+      if (x + wide > box.right && x > box.left) [x, row] = [box.left, row + 1];
+      x += wide;
+      return { name, k, row, x: x - wide };
+    });
+  }
+
+  function drawKey(entries) {
+    for (const { name, k, row, x } of entries) {
+      const y = 14 + LINE * row;
+      const mark = k >= 0 ? marker(SHAPES[k % SHAPES.length], x + 8, y, 4.5)
+        : k === -1 ? s("line", { class: "wb-front", x1: x, x2: x + 16, y1: y, y2: y })
+          : s("circle", { class: "wb-ring", cx: x + 8, cy: y, r: 6 });
+      if (k >= 0) {
+        mark.setAttribute("class", "wb-mark");
+        mark.setAttribute("fill", colour(k));
+      }
+      plot.append(mark, s("text", { class: "wb-keytext", x: x + 20, y: y + 4 }, name));
     }
-    plot.append(s("line", { class: "wb-front", x1: x, x2: x + 18, y1: 14, y2: 14 }), s("text", { class: "wb-keytext", x: x + 23, y: 18 }, "Pareto front"),
-      s("circle", { class: "wb-ring", cx: x + 116, cy: 14, r: 6 }), s("text", { class: "wb-keytext", x: x + 126, y: 18 }, `shown · n = ${frontier.n} per run`));
   }
 
   function select(index) {

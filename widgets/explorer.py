@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,8 +44,10 @@ HERE = Path(__file__).parent
 QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
 FRAME = 1 / 30  # seconds between two previews of one run
 BATCH = 25  # samples per batch of a long score
+SAME = 5  # steps after which steps that depend on the data have parted
 SCORES = (500, 2000)  # numbers of samples that the panel offers to score
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # step counts filled in when idle
+TOLERANCES = (0.1, 0.03, 0.01, 0.003, 0.001)  # in their place where steps are as long as the error allows
 
 Stop = Callable[[], bool]
 
@@ -94,6 +97,8 @@ class Explorer:
         self._runs: dict[str, Run] = {}
         self._timings: dict[str, Timing] = {}
         self._pixels: dict[str, Tensor] = {}
+        self._levels: dict[Any, tuple[list[tuple[float, int]], bool]] = {}  # by method and knobs, see `_walk`
+        self._reached: dict[str, list[float]] = {}  # log-SNR after each step of runs whose steps depend on the data
         self._failed: set[str] = set()
         self._glimpsed: set[str] = set()  # trunks whose pictures are kept
         self._past: list[Inputs] = []
@@ -318,8 +323,8 @@ class Explorer:
         known = {k: v for layer in layers for k, v in layer.items() if k in spec.knobs}
         known.update(changes)
         for name, bound in spec.knobs.items():
-            needs = bound.knob.needs.items()
-            if name not in changes and any(known.get(k, spec.knobs[k].default) != v for k, v in needs):
+            others = {k: known.get(k, spec.knobs[k].default) for k in bound.knob.needs}
+            if name not in changes and not bound.knob.is_met(others):
                 known.pop(name, None)  # without effect now: back to its default
         return workbench.inputs(spec, self.problem, seed, n_samples, **known)
 
@@ -333,7 +338,7 @@ class Explorer:
 
     def _move(self, wanted: Inputs, gesture: Any = None) -> None:
         """Make `wanted` the settings. Moves of one gesture (one drag) are one step of the history."""
-        self._strip(wanted)  # raises for shares or steps that the problem does not have
+        self._strip(wanted)  # raises for what the method or the problem refuses
         with self._change:
             if wanted != self.inputs:
                 if gesture is None or gesture != self._gesture:
@@ -442,11 +447,12 @@ class Explorer:
 
     def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
         drawn, interval = -math.inf, FRAME
+        total = self._n_steps(wanted)
         self._fresh = False
 
         def on_step(step: Step) -> None:
             nonlocal drawn, interval
-            is_last = step.info["there"].sigma == 0  # the finished run is drawn by `_show`
+            is_last = step.info["i"] + 1 == total  # the finished run is drawn by `_show`
             # steps answered from memory take no time: `_glimpse` has shown how far they reach
             if self._fresh and not is_last and not overtaken() and time.monotonic() - drawn >= interval:
                 before = time.monotonic()
@@ -455,8 +461,21 @@ class Explorer:
                 interval = max(FRAME, 4 * (drawn - before))  # previews take a fifth of the time at most
             self._fresh = False
 
-        return workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples,
-                             stop=lambda: self._is_closed or overtaken(), on_step=on_step, **wanted.knobs)
+        return self._made(wanted, lambda: self._is_closed or overtaken(), on_step)
+
+    def _made(self, wanted: Inputs, stop: Stop, on_step: Callable[[Step], object] = lambda step: None) -> Run:
+        """The run of these settings; where its steps depend on the data, how far each of them came is kept."""
+        reached: list[float] = []
+
+        def walked(step: Step) -> None:
+            reached.append(step.info["there"].log_snr)
+            on_step(step)
+
+        run = workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples, stop=stop, on_step=walked,
+                            **wanted.knobs)
+        if METHODS[wanted.method].is_bound:
+            self._reached[wanted.key] = reached
+        return run
 
     def _glimpse(self, wanted: Inputs) -> None:
         """Show at once what is remembered of the settings wanted: a finished run, or the last data estimate known.
@@ -522,8 +541,7 @@ class Explorer:
     def _fill(self, wanted: Inputs, stop: Stop, status: str) -> None:
         self._tell(status)
         try:
-            run = self._known(wanted) or workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples,
-                                                       stop=stop, **wanted.knobs)
+            run = self._known(wanted) or self._made(wanted, stop)
         except Cancelled:
             raise
         except Exception:
@@ -621,7 +639,9 @@ class Explorer:
 
     def _neighbours(self, now: Inputs) -> Iterator[Inputs]:
         """Settings that a hand may reach next, nearest first: other switch points, or other numbers of steps."""
-        n_steps = now.knobs.get("n_steps", 0)
+        spec = METHODS[now.method]
+        accuracy = next((name for name in ("tolerance", "rtol") if name in spec.knobs
+                         and spec.knobs[name].knob.is_met(now.knobs)), None)
         changes: list[dict[str, Any]]
         if "fractions" in now.knobs and len(self.problem.models) > 1:
             reached = [0.0, *self._strip(now)["reached"]]
@@ -632,9 +652,14 @@ class Explorer:
             moved.sort(key=lambda e: sum(abs(a - b) for a, b in zip(e, ends, strict=True)))
             changes = [{"fractions": _differences(e)} for e in moved]
         else:
-            changes = [{"n_steps": n} for n in sorted(BUDGETS, key=lambda n: abs(math.log(n / max(n_steps, 1))))]
+            name, values = (accuracy, TOLERANCES) if accuracy else ("n_steps", BUDGETS)
+            here = now.knobs.get(name, 1)
+            changes = [{name: value} for value in sorted(values, key=lambda v: abs(math.log(v / here)))]
         for change in changes:
-            yield workbench.inputs(now.method, self.problem, now.seed, now.n_samples, **{**now.knobs, **change})
+            near = workbench.inputs(now.method, self.problem, now.seed, now.n_samples, **{**now.knobs, **change})
+            with suppress(ValueError):  # what the method refuses is no neighbour
+                self._strip(near)
+                yield near
 
     # ---------------------------------------------------------------- what is drawn
 
@@ -655,10 +680,11 @@ class Explorer:
         """Length of the header (4 bytes, little-endian), header (JSON), values: title and picture in one message."""
         given = of.inputs if isinstance(of, Run) else of
         pixels = self._drawn(of) if isinstance(of, Run) else pixels
-        total = given.knobs.get("n_steps", 1)
+        total = self._n_steps(given)
         self._revision += 1
         header = {"revision": self._revision, "key": given.key, "title": self._title(given),
-                  "shape": list(pixels.shape), "step": total if step is None else step, "of": total}
+                  "shape": list(pixels.shape), "step": total if step is None else step, "of": total,
+                  "is_done": step is None}
         head = json.dumps(header).encode()
         return struct.pack("<I", len(head)) + head + pixels.contiguous().numpy().tobytes()
 
@@ -690,21 +716,72 @@ class Explorer:
                 "models": models, "methods": methods, "metrics": metrics, "scores": SCORES}
 
     def _strip(self, given: Inputs) -> dict[str, Any]:
-        """The trajectory: share reached after each step, log-SNR before it, and steps per model, cheapest first."""
-        knobs, models = given.knobs, self.problem.models
-        n_steps, schedule = knobs.get("n_steps", 1), self.problem.schedule
-        level = grid(schedule, n_steps, knobs.get("spacing", "trailing"))
-        boundary = knobs.get("boundary", "step")
-        reached = progress(level, schedule, boundary)
+        """The trajectory: log-SNR before each step, steps per model, and whose they are, [model, steps] in order.
+
+        reached: the share of the trajectory after each step, at which switches between models may lie; empty without
+        switches. is_open: how many steps there will be is not known yet. Raises ValueError for what is refused.
+        """
+        knobs, schedule, n_models = given.knobs, self.problem.schedule, len(self.problem.models)
         if "fractions" in knobs:
-            shares = full_fractions(knobs["fractions"], len(models))
-            is_reversed = knobs.get("order") == "costly_first"
-            counts = step_counts(shares[::-1] if is_reversed else shares, level, schedule, boundary)
-            counts = counts[::-1] if is_reversed else counts
+            level = grid(schedule, knobs["n_steps"], knobs["spacing"])
+            shares = full_fractions(knobs["fractions"], n_models)
+            turn = -1 if knobs["order"] == "costly_first" else 1
+            split = step_counts(shares[::turn], level, schedule, knobs["boundary"])
+            owned = list(zip(range(n_models)[::turn], split, strict=True))
+            log_snr, is_open = [p.log_snr for p in level[:-1]], False
+            reached = progress(level, schedule, knobs["boundary"])
         else:
-            owner = 0 if knobs.get("model") == "cheapest" else len(models) - 1
-            counts = tuple(n_steps * (k == owner) for k in range(len(models)))
-        return {"reached": reached, "log_snr": [round(p.log_snr, 3) for p in level[:-1]], "counts": counts}
+            levels, is_open = self._walk(given)
+            log_snr, reached = [at for at, _ in levels], []
+            owned = [(k, len(list(steps))) for k, steps in groupby(owner for _, owner in levels)]
+        counts = tuple(sum(n for k, n in owned if k == m) for m in range(n_models))
+        return {"log_snr": [round(at, 3) for at in log_snr], "counts": counts, "owned": owned, "reached": reached,
+                "is_open": is_open}
+
+    def _walk(self, given: Inputs) -> tuple[list[tuple[float, int]], bool]:
+        """Each step's (log-SNR at which it first asks a model, that model's index), and whether more is to come.
+
+        The method itself tells, asked without its networks. Where steps depend on the data a run must tell, and before
+        it only the first is known. Raises ValueError where the method refuses these settings.
+        """
+        key = (given.method, *given.knobs.items())
+        if key not in self._levels:
+            levels = self._dry(given, 1.0)
+            is_bound = METHODS[given.method].is_bound
+            depends = is_bound and levels[:SAME] != self._dry(given, 0.5, SAME)
+            self._levels[key] = (levels[:1] if depends else levels), depends
+        levels, depends = self._levels[key]
+        if depends and given.key in self._reached:
+            first, owner = levels[0]
+            return [(at, owner) for at in (first, *self._reached[given.key][:-1])], False
+        return levels, depends
+
+    def _dry(self, given: Inputs, gain: float, most: int | None = None) -> list[tuple[float, int]]:
+        """`_walk` on one sample of one entry, with networks that only multiply; at most so many steps."""
+        names, asked = [m.name for m in self.problem.models], []
+
+        def hollow(name: str, network: Network) -> Network:
+            schedule = self.problem.models[names.index(name)].schedule
+
+            def answer(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+                asked.append(schedule.at(float(t[0])).log_snr)
+                return gain * x
+
+            return answer
+
+        one = replace(self.problem.wrapped(hollow), shape=(1,), labels=lambda n: None, device="cpu")
+        levels = []
+        for step in islice(METHODS[given.method].function(one, Rng(0, 1), **given.knobs), most):
+            levels.append((asked[0], names.index(step.info["model"])))
+            asked.clear()
+        return levels
+
+    def _n_steps(self, given: Inputs) -> int | None:
+        """Steps of a run, None where they depend on the data and the run is not known."""
+        if "fractions" in given.knobs:
+            return given.knobs["n_steps"]
+        levels, is_open = self._walk(given)
+        return None if is_open else len(levels)
 
     def _title(self, given: Inputs) -> str:
         """The settings in a line: steps, the steps of each model, guidance, and all that differs from the presets."""
@@ -714,7 +791,8 @@ class Explorer:
                 counts = zip(self._letters, self._strip(given)["counts"], strict=True)
                 words.append(" + ".join(f"{letter} {count}" for letter, count in counts))
             elif name == "n_steps":
-                words.append(f"{value} steps" if value != 1 else "1 step")
+                unit = METHODS[given.method].knobs[name].knob.unit
+                words.append(f"{value} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}")
             elif name == "guidance" or value != METHODS[given.method].knobs[name].default:
                 words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
         words = [word.replace("_", " ") if word != given.method else word for word in words]

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import holoviews
     import pandas
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe-Ito; the markers differ too
-MARKERS = ("o", "^", "D", "v", "P", "X")
+# Okabe-Ito and two more; the markers differ too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#999933")
+MARKERS = ("o", "^", "D", "v", "P", "X", "<", "p")
 COSTS = {"flops": "FLOPs per sample", "evaluations": "evaluations per sample"}
 _LOOK = {"legend_position": "best", "fontsize": {"title": 11, "labels": 10, "legend": 8.5}}
 
@@ -49,11 +50,14 @@ class Figure:
 
 def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | None = None,
                   baseline: Point | None = None, title: str | None = None, cost: str = "flops",
-                  label: Callable[[Point], str] | None = None) -> Figure:
+                  label: Callable[[Point], str] | None = None, series: Callable[[Point], str] | None = None,
+                  log_y: bool = False) -> Figure:
     """Quality against cost per sample, one marker per setting with its standard error, and the Pareto front as a line.
 
     points: of `workbench.points`. reference, baseline: points drawn as a star and a square, and named. cost: "flops" or
-    "evaluations". label(point): text beside a point, "" for none. Raises KeyError for an unknown metric or cost.
+    "evaluations". label(point): text beside a point, "" for none. series(point): the name under which points share a
+    marker, by default the method's. log_y: logarithmic quality; values that are not above 0 are left out there.
+    Raises KeyError for an unknown metric or cost.
     """
     import pandas as pd
 
@@ -69,14 +73,16 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
         layers.extend([bars, hv.Scatter(table, x, [y, "stderr"], label=name).opts(**style)])
 
     rivals = [p for p in (reference, baseline) if p is not None]
+    if log_y:
+        points, rivals = [p for p in points if p.value > 0], [p for p in rivals if p.value > 0]
+        reference, baseline = (p if p in rivals else None for p in (reference, baseline))
     front = sorted(pareto([*points, *rivals], metric) if cost == "flops" else _pareto([*points, *rivals], metric, cost),
                    key=lambda p: getattr(p, cost))
     layers.append(hv.Curve([(getattr(p, cost), p.value) for p in front], x, y, label="Pareto front").opts(
         color="#555555", linestyle="--", linewidth=1.2))
-    methods = sorted({p.runs[0].inputs.method for p in points})
-    for k, method in enumerate(methods):
-        draw([p for p in points if p.runs[0].inputs.method == method and p not in rivals], method,
-             color=COLOURS[k % 6], marker=MARKERS[k % 6], s=45)
+    named = [(series(p) if series else p.runs[0].inputs.method, p) for p in points]
+    for k, name in enumerate(sorted({name for name, _ in named})):
+        draw([p for own, p in named if own == name and p not in rivals], name, **_marked(k))
     if reference is not None:
         draw([reference], f"reference: {reference.runs[0].inputs.method}", color="#000000", marker="*", s=190)
     if baseline is not None:
@@ -88,37 +94,52 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
     low, high = min(costs) / 1.3, max(costs) * 1.3
     overlay = hv.Overlay(layers).opts(
         hv.opts.Overlay(logx=True, title=title or f"{m.label} against cost", fig_inches=7, xlim=(low, high),
-                        xticks=_log_ticks(low, high), **_LOOK))
+                        xticks=_log_ticks(low, high), **_LOOK,
+                        **(_log_axis("y", [p.value for p in [*points, *rivals]]) if log_y else {})))
     return Figure(overlay, pd.DataFrame(rows))
 
 
 def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_label: str, y_label: str,
                title: str | None = None, published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-               published_label: str | None = None, published_title: str = "as published") -> Figure:
+               published_label: str | None = None, published_title: str = "as published", log: str = "",
+               guides: Sequence[str] = ()) -> Figure:
     """Curves of (x, y, standard error) triples; beside them, on axes of their own, published (x, y) pairs.
 
     published numbers come from other data, so they are never drawn on our axes: published_label names their y axis.
+    log: which axes are logarithmic on both sides, "x", "y" or "xy"; there pairs that are not above 0 are left out.
+    guides: names of series that are no results, drawn as thin grey lines with their name at the last point.
+    Raises ValueError for another log.
     """
+    if log not in ("", "x", "y", "xy"):
+        raise ValueError(f"log={log!r}: expected '', 'x', 'y' or 'xy'")
     import pandas as pd
 
     hv = _holoviews()
     rows = [{"series": name, "source": "ours", x_label: x, y_label: y, "stderr": e}
             for name, triples in series.items() for x, y, e in triples]
-    names = list(dict.fromkeys([*series, *(published or {})]))  # one look per name on both sides
+    names = [n for n in dict.fromkeys([*series, *(published or {})]) if n not in guides]  # one look on both sides
 
     def overlay(data: Mapping[str, Sequence[Any]], y_text: str, heading: str) -> Any:
-        layers = []
+        layers, drawn = [], []
         for name, entries in data.items():
-            k = names.index(name) % 6
-            table = [(e[0], e[1], e[2] if len(e) > 2 and e[2] == e[2] else 0.0) for e in entries]
+            table = [(e[0], e[1], e[2] if len(e) > 2 and e[2] == e[2] else 0.0) for e in entries
+                     if ("x" not in log or e[0] > 0) and ("y" not in log or e[1] > 0)]
+            drawn += table
             x, y = hv.Dimension("x", label=x_label), hv.Dimension("y", label=y_text)
+            if name in guides:
+                layers.append(hv.Curve(table, x, y).opts(color="#888888", linewidth=0.9, linestyle="--"))
+                layers += [hv.Text(*table[-1][:2], f" {name}", halign="left", fontsize=8) for _ in table[:1]]
+                continue
+            look = _marked(names.index(name))
             layers += [
-                hv.Curve(table, x, y, label=name).opts(color=COLOURS[k], linewidth=1.4, show_legend=False),
-                hv.ErrorBars(table, x, [y, "stderr"]).opts(edgecolor=COLOURS[k], linewidth=1.2, capsize=2),
-                hv.Scatter(table, x, y, label=name).opts(color=COLOURS[k], marker=MARKERS[k], s=45),
+                hv.Curve(table, x, y, label=name).opts(color=look["color"], linewidth=1.4, show_legend=False),
+                hv.ErrorBars(table, x, [y, "stderr"]).opts(edgecolor=look["color"], linewidth=1.2, capsize=2),
+                hv.Scatter(table, x, y, label=name).opts(**look),
             ]
+        scales = {k: v for i, axis in enumerate("xy") if axis in log
+                   for k, v in _log_axis(axis, [row[i] for row in drawn]).items()}
         title = "\n".join(textwrap.wrap(heading, 38)) if published else heading  # two stand side by side
-        return hv.Overlay(layers).opts(hv.opts.Overlay(title=title, fig_inches=5, padding=0.06, **_LOOK))
+        return hv.Overlay(layers).opts(hv.opts.Overlay(title=title, fig_inches=5, padding=0.06, **_LOOK, **scales))
 
     figure = overlay(series, y_label, title or f"{y_label} against {x_label}")
     if published:
@@ -138,6 +159,16 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
         (target / f"{name}.svg").write_bytes(figure.render("svg"))
         figure.frame.to_csv(target / f"{name}.csv", index=False)
     return figure
+
+
+def _marked(k: int) -> dict[str, Any]:
+    return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "s": 45}
+
+
+def _log_axis(axis: str, values: Sequence[float]) -> dict[str, Any]:
+    """Options of a logarithmic axis "x" or "y" that holds these values, all above 0."""
+    low, high = (min(values) / 1.4, max(values) * 1.4) if values else (0.1, 10.0)
+    return {f"log{axis}": True, f"{axis}lim": (low, high), f"{axis}ticks": _log_ticks(low, high)}
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:

@@ -23,7 +23,8 @@ class Knob:
     unit      unit of the value, for labels.
     choices   the allowed values, instead of bounds.
     small     a cheap value for smoke runs (default: the knob's default).
-    needs     values of other knobs without which this one has no effect, e.g. {"solver": "ddim"}.
+    needs     values of other knobs without which this one has no effect, e.g. {"solver": "ddim"}; a tuple where each
+              of several values will do, the first being the one to try it with.
     """
 
     help: str
@@ -68,6 +69,15 @@ class Knob:
         if below or above:
             raise ValueError(f"knob {name}={whole!r}: outside its bounds, {self.allowed()}")
         return kind(value)
+
+    def is_met(self, knobs: Mapping[str, Any]) -> bool:
+        """Whether the values of other knobs are such that this one has an effect."""
+        return all(knobs[name] in wanted if isinstance(wanted, tuple) else knobs[name] == wanted
+                   for name, wanted in self.needs.items())
+
+    def enabling(self) -> dict[str, Any]:
+        """Values of other knobs with which this one has an effect."""
+        return {name: wanted[0] if isinstance(wanted, tuple) else wanted for name, wanted in self.needs.items()}
 
     def allowed(self) -> str:
         """The hard bounds in words, e.g. "1 to 1000 steps"."""

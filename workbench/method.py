@@ -30,7 +30,8 @@ class Method:
     """A registered method.
 
     exact is the claim that its output law equals the reference's. cost is the formula of its docstring: evaluations per
-    sample, in terms of its knobs and `branches` (2 where guidance evaluates two branches, else 1).
+    sample, in terms of its knobs, `branches` (2 where guidance evaluates two branches, else 1) and functions of its
+    module. Where the docstring says "at most", what is spent depends on the data (adaptive steps).
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     exact: bool
     knobs: Mapping[str, BoundKnob]
     cost: str
+    is_bound: bool
 
     @property
     def summary(self) -> str:
@@ -55,11 +57,11 @@ class Method:
 
     def evaluations(self, knobs: Mapping[str, Any], branches: int) -> int:
         """Evaluations per sample by the docstring's formula."""
-        return int(eval(self.cost, {"__builtins__": {}, "max": max, "min": min}, {**knobs, "branches": branches}))
+        return int(eval(self.cost, {**self.function.__globals__}, {**knobs, "branches": branches}))
 
 
 METHODS: dict[str, Method] = {}
-_COST = re.compile(r"Cost: ``(.+?)`` evaluations per sample")
+_COST = re.compile(r"Cost: (at most )?``(.+?)`` evaluations per sample")
 
 
 def method(*, version: int, source: str, exact: bool = False) -> Callable[[Callable[..., Iterator[Step]]], Method]:
@@ -76,7 +78,7 @@ def method(*, version: int, source: str, exact: bool = False) -> Callable[[Calla
         if cost is None:
             raise TypeError(f"method {name!r}: its docstring lacks 'Cost: ``formula`` evaluations per sample'")
         METHODS[name] = Method(name, function.__module__.split(".")[-2], function, version, source, exact,
-                               _knobs(function), cost[1])
+                               _knobs(function), cost[2], bool(cost[1]))
         return METHODS[name]
 
     return register
@@ -94,7 +96,8 @@ def methods_table() -> str:
     rows = ["| method | family | what it does | knobs | evaluations per sample | source |", "|---|---|---|---|---|---|"]
     for m in sorted(METHODS.values(), key=lambda m: (m.family, m.name)):
         knobs = ", ".join(f"`{name}`" for name in m.knobs)
-        rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {knobs} | `{m.cost}` | {m.source} |")
+        cost = f"{'at most ' * m.is_bound}`{m.cost}`"
+        rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {knobs} | {cost} | {m.source} |")
     return "\n".join(rows)
 
 

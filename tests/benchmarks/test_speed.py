@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 import workbench as wb
 from workbench.problems.denoising import Denoising
 from workbench.problems.glyphs import glyphs
+from workbench.problems.mixtures import two_modes
 from workbench.rng import Rng
+from workbench.search.s3 import Space, search
+from workbench.search.solver import FlowError
 from workbench.zoo import load_pipeline
 
 N_STEPS = 20
@@ -39,8 +43,8 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int)
     return statistics.median(found), (high - low) / 2
 
 
-def forwards(problem: Denoising, n_samples: int) -> Callable[[], object]:
-    """The bare network of the problem's first model, N_STEPS times, on the inputs that sampling gives it."""
+def forwards(problem: Denoising, n_samples: int, method: str = "ddim", **knobs: Any) -> Callable[[], object]:
+    """The bare network of the problem's first model, on the inputs that sampling gives it."""
     model = problem.models[0]
     asked: list[tuple[torch.Tensor, ...]] = []
 
@@ -51,7 +55,8 @@ def forwards(problem: Denoising, n_samples: int) -> Callable[[], object]:
 
         return recording
 
-    list(wb.get("ddim").function(problem.wrapped(record), Rng(0, n_samples), n_steps=N_STEPS, model="cheapest"))
+    given = wb.inputs(method, problem, n_samples=n_samples, n_steps=N_STEPS, **(knobs or {"model": "cheapest"}))
+    list(wb.get(method).function(problem.wrapped(record), Rng(0, n_samples), **given.knobs))
 
     def bare() -> None:
         with torch.no_grad():
@@ -61,20 +66,36 @@ def forwards(problem: Denoising, n_samples: int) -> Callable[[], object]:
     return bare
 
 
+ARMS = {  # method and its knobs, the aim
+    "ddim": ("ddim", {}, 1.02), "dpmpp_2m": ("dpmpp_2m", {}, 1.02),
+    "t_stitch": ("t_stitch", {"fractions": (1.0,)}, 1.02),
+    "dpm_solver 3M": ("dpm_solver", {"order": 3}, 1.03),
+    "dpm_solver 3S": ("dpm_solver", {"order": 3, "scheme": "singlestep"}, 1.03),
+    "deis tAB3": ("deis", {"variant": "tab", "degree": 3}, 1.03),
+    "deis rhoRK4": ("deis", {"variant": "rho_rk", "degree": 3}, 1.03),
+    "unipc 3": ("unipc", {"order": 3}, 1.03), "edm_heun": ("edm_heun", {}, 1.03),
+    "score_sde": ("score_sde", {}, 1.03),
+    "usf unipc_bh2_3": ("usf", {"preset": "unipc_bh2_3"}, 1.06),
+}
+
+
 @pytest.mark.parametrize("n_samples", [1, 16])
-@pytest.mark.parametrize("method", ["ddim", "dpmpp_2m", "t_stitch"])
-def test_sampling_over_bare_forwards(benchmark, record_ratio, method: str, n_samples: int) -> None:
+@pytest.mark.parametrize("arm", ARMS)
+def test_sampling_over_bare_forwards(benchmark, record_ratio, arm: str, n_samples: int) -> None:
     problem = glyphs(("s", "b", "l"))
-    knobs = {"fractions": (1.0,)} if method == "t_stitch" else {"model": "cheapest"}
+    method, knobs, aim = ARMS[arm]
+    if method != "t_stitch":
+        knobs = {**knobs, "model": "cheapest"}
+    given = wb.inputs(method, problem, n_samples=n_samples, n_steps=N_STEPS, **knobs)
     function = wb.get(method).function
 
     def sample() -> None:
-        for _ in function(problem, Rng(0, n_samples), n_steps=N_STEPS, **knobs):
+        for _ in function(problem, Rng(0, n_samples), **given.knobs):
             pass
 
-    benchmark.pedantic(sample, rounds=5, warmup_rounds=1)
-    record_ratio(f"{method}, S, batch {n_samples}: sampling / bare forwards",
-                 ratio(sample, forwards(problem, n_samples), rounds=40), 1.02)
+    benchmark.pedantic(sample, rounds=3, warmup_rounds=1)
+    record_ratio(f"{arm}, S, batch {n_samples}: sampling / bare forwards",
+                 ratio(sample, forwards(problem, n_samples, method, **knobs), rounds=30), aim)
 
 
 @pytest.mark.parametrize("n_samples", [1, 16])
@@ -151,6 +172,15 @@ def test_full_result(benchmark, record_seconds, fraction: float) -> None:
         lambda: wb.run("t_stitch", problem, n_samples=16, n_steps=N_STEPS, fractions=(fraction,), **problem.preset),
         rounds=5, warmup_rounds=1)
     record_seconds(f"16 images, 20 steps, guidance on, judged, fraction {fraction}", benchmark.stats.stats.median, 1.0)
+
+
+def test_search_of_1000_candidates(benchmark, record_seconds) -> None:
+    """Solver schedules of 6 evaluations on the line's exact flow, many plans in one batch."""
+    problem = two_modes()
+    space = Space(problem.schedule, 6, end=problem.schedule.cleanest)
+    fitness = FlowError(problem, torch.linspace(-2.5, 2.5, 41, dtype=torch.float64)[:, None], end=space.end)
+    benchmark.pedantic(lambda: search(fitness, space, n_candidates=1000), rounds=1)
+    record_seconds("S3 search of 1,000 candidates on the line", benchmark.stats.stats.median, 60.0)
 
 
 def test_import(benchmark, record_ratio) -> None:

@@ -8,19 +8,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from torch import Tensor
 from toys import PLANE, cosine_schedule, log_snr_points, plane
 
 from workbench.problems.denoising import (
     CLEAN,
+    FINALS,
+    PHASES,
     PREDICTIONS,
     SPACINGS,
     ContinuousVP,
     Denoiser,
     DiscreteSchedule,
+    Point,
     agreement,
     grid,
+    noisiest,
+    power_grid,
     split_steps,
 )
 from workbench.problems.mixtures import two_dim
@@ -67,6 +72,81 @@ def test_grids_fall_to_the_clean_data(schedule, spacing):
         assert all(a.log_snr < b.log_snr for a, b in pairwise(points))
         if spacing != "leading":
             assert points[0].t == pytest.approx(schedule.times(1, "trailing")[0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_grids_can_end_at_the_cleanest_level(schedule, spacing):
+    """In steps that all have a length; those even in time stay even to the end."""
+    for n_steps in (1, 2, 7, 50):
+        points = grid(schedule, n_steps, spacing, "cleanest")
+        assert len(points) == n_steps + 1 and points[-1] == schedule.at(schedule.cleanest)
+        assert all(a.t > b.t + 1e-4 and a.log_snr < b.log_snr for a, b in pairwise(points))
+        if spacing == "linspace" and schedule is VP:
+            assert [a.t - b.t for a, b in pairwise(points)] == pytest.approx([(1 - VP.cleanest) / n_steps] * n_steps)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_no_step_is_left_for_the_cleanest_level(schedule):
+    with pytest.raises(ValueError, match=r"n_steps=1000.*trailing.*final='zero'"):
+        grid(schedule, 1000, "trailing", "cleanest")
+
+
+def phase_of(phase: str, point: Point, power: float) -> float:
+    if phase == "log_rho":
+        return math.log(point.sigma / point.alpha)
+    return (point.t if phase == "t" else point.sigma / point.alpha) ** (1 / power)
+
+
+def assert_even(points: list[Point], phase: str, power: float) -> None:
+    values = [phase_of(phase, p, power) for p in points]
+    lengths = [a - b for a, b in pairwise(values)]
+    assert lengths == pytest.approx([(values[0] - values[-1]) / len(lengths)] * len(lengths), rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("phase", PHASES)
+def test_power_grids_are_even_in_their_phase(schedule, phase):
+    for power in (1.0, 2.0, 3.5):
+        for final in FINALS:
+            for n_steps in (1, 2, 10, 50):
+                points = power_grid(schedule, n_steps, phase, power, final)
+                assert len(points) == n_steps + 1 and points[0] == noisiest(schedule)
+                assert all(a.log_snr < b.log_snr for a, b in pairwise(points))
+                assert points[-1] == (CLEAN if final == "zero" else schedule.at(schedule.cleanest))
+                levels = points[:-1] if final == "zero" else points
+                if len(levels) > 1:
+                    assert levels[-1] == schedule.at(schedule.cleanest)
+                    assert_even(levels, phase, power)
+        with pytest.raises(AssertionError):  # the check itself: even in no other phase, and in no other power
+            assert_even(levels, "rho" if phase == "t" else "t", power)
+        if phase != "log_rho":
+            with pytest.raises(AssertionError):
+                assert_even(levels, phase, power + 0.5)
+
+
+def test_named_spacings_are_power_grids():
+    for schedule in SCHEDULES.values():
+        for final in FINALS:
+            assert grid(schedule, 9, "karras", final) == power_grid(schedule, 9, "rho", 7.0, final)
+            assert grid(schedule, 9, "t_quadratic", final) == power_grid(schedule, 9, "t", 2.0, final)
+    for high, even in zip(power_grid(VP, 9, "rho", 1e5), power_grid(VP, 9, "log_rho", 1.0), strict=True):
+        assert high.t == pytest.approx(even.t, rel=1e-3)  # the limit of a high power
+
+
+def test_karras_levels_are_diffusers():
+    for beta, schedule in (("linear", LINEAR), ("squaredcos_cap_v2", COSINE)):
+        theirs = HeunDiscreteScheduler(use_karras_sigmas=True, beta_start=1e-4, beta_end=0.02, beta_schedule=beta)
+        for n_steps in (2, 10, 50):
+            theirs.set_timesteps(n_steps)
+            levels = [p.sigma / p.alpha for p in grid(schedule, n_steps, "karras")]
+            once = torch.cat((theirs.sigmas[:1], theirs.sigmas[1::2]))  # its inner levels stand there twice
+            torch.testing.assert_close(torch.tensor(levels), once, rtol=1e-3, atol=0)
+
+
+def test_a_grid_of_another_phase_is_an_error():
+    with pytest.raises(ValueError, match=r"phase='sigma'.*t, rho, log_rho"):
+        power_grid(VP, 5, "sigma", 1.0)
 
 
 @pytest.mark.parametrize("fractions", [(0.5,), (1.2, -0.2), (0.5, 0.6)])

@@ -15,6 +15,8 @@ from explorer_toy import Toy
 import workbench
 from widgets import explorer
 from workbench import Store
+from workbench.problems.mixtures import two_modes
+from workbench.rng import Rng
 
 
 def header(frame: bytes) -> dict:
@@ -333,3 +335,76 @@ def test_one_widget_serves_every_display_and_takes_wishes() -> None:
     e.wait()
     until(lambda: e.widget.view["shown"]["title"] == header(e.widget.frame)["title"])
     assert "seed 2" in e.widget.view["shown"]["title"] and e.widget.view["ack"] == "a-1"
+
+
+KINDS = [  # methods that do not step along a plain grid of n_steps levels, and what their strip must say
+    ("dpm_solver", {"order": 3, "scheme": "singlestep", "n_steps": 8}, 4),  # 3 + 3 + 1 + 1 evaluations
+    ("edm_heun", {"n_steps": 6}, 6),
+    ("deis", {"n_steps": 5, "phase": "rho"}, 5),
+    ("score_sde", {"n_steps": 6, "sde": "ve", "corrector": "langevin"}, 6),
+    ("flow_ode", {"n_steps": 4}, 4),
+    ("timesteps", {"n_steps": 4, "models": (0.0, 1.0)}, 4),
+]
+
+
+@pytest.mark.parametrize(("method", "knobs", "n_steps"), KINDS)
+def test_the_strip_shows_the_levels_that_the_method_asks_at(method: str, knobs: dict, n_steps: int) -> None:
+    problem, asked, seen = two_modes(), [], []
+
+    def watch(name: str, network: object) -> object:
+        def watched(x, t, labels=None):
+            asked.append(problem.schedule.at(float(t[0])).log_snr)
+            return network(x, t, labels)
+
+        return watched
+
+    e = explorer(problem, methods=(method,), n_samples=4, **knobs)
+    e.subscribe(lambda name, value: seen.append(header(value)) if name == "frame" and value else None)
+    e.wait()
+    firsts = []
+    for _ in workbench.get(method).function(problem.wrapped(watch), Rng(0, 4), **e.run.knobs):
+        firsts.append(asked[0])
+        asked.clear()
+    strip = e.view["strip"]
+    assert strip["log_snr"] == [round(at, 3) for at in firsts] and len(firsts) == n_steps and not strip["is_open"]
+    assert sum(strip["counts"]) == n_steps == sum(n for _, n in strip["owned"])
+    assert (header(e.frame)["of"], header(e.frame)["is_done"]) == (n_steps, True)
+    assert all(h["of"] == n_steps for h in seen if h["key"] == e.run.inputs.key)
+    if method == "timesteps":
+        assert [tuple(o) for o in strip["owned"]] == [(0, 1), (1, 3)]
+
+
+def test_steps_that_depend_on_the_data_are_shown_once_the_run_is_known() -> None:
+    toy = Toy(seconds=0.02)
+    e = explorer(toy.problem, methods=("dpm_solver_adaptive",), n_samples=3)
+    assert e.view["strip"]["is_open"] and len(e.view["strip"]["log_snr"]) == 1
+    e.wait()
+    until(lambda: not e.view["strip"]["is_open"])
+    strip, n = e.view["strip"], header(e.frame)["of"]
+    assert len(strip["log_snr"]) == n == sum(strip["counts"]) < 100 and "attempted steps" in e.view["shown"]["title"]
+    bare = list(workbench.get("dpm_solver_adaptive").function(e.problem, Rng(0, 3), **e.run.knobs))
+    assert len(bare) == n
+    assert strip["log_snr"][1:] == [round(s.info["there"].log_snr, 3) for s in bare[:-1]]
+
+
+def test_what_only_the_method_refuses_is_refused_and_changes_nothing() -> None:
+    e = explorer(two_modes(), methods=("score_sde",), n_samples=4, predictor="ancestral")
+    e.wait()
+    before = e.inputs
+    with pytest.raises(ValueError, match="not defined for sde='sub_vp'"):
+        e.set(sde="sub_vp")
+    e.receive({"id": "x", "kind": "set", "knobs": {"sde": "sub_vp"}})
+    assert "ancestral" in e.view["notice"] and e.inputs == before and e.view["error"] == ""
+    e.set(sde="sub_vp", predictor="reverse_diffusion")
+    e.wait()
+    assert e.run.knobs["sde"] == "sub_vp"
+
+
+def test_neighbours_of_adaptive_steps_are_tolerances_and_none_is_refused() -> None:
+    e = explorer(two_modes(), methods=("dpm_solver_adaptive",), n_samples=4)
+    e.wait(idle=True)
+    assert len({r.knobs["rtol"] for r in e.runs if r.inputs.method == "dpm_solver_adaptive"}) >= 5
+    assert {r.knobs["n_steps"] for r in e.runs if r.inputs.method == "dpm_solver_adaptive"} == {50}
+    e = explorer(two_modes(), methods=("timesteps",), n_samples=4, models=(0.0, 0.5, 1.0))
+    e.wait(idle=True)
+    assert e.view["error"] == "" and min(r.knobs["n_steps"] for r in e.runs if r.inputs.method == "timesteps") == 3

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from workbench.run import Inputs
 
 Network = Callable[..., Tensor]
-SPACINGS = ("trailing", "leading", "linspace", "log_snr")
+SPACINGS = ("trailing", "leading", "linspace", "log_snr", "karras", "t_quadratic")
+FINALS = ("zero", "cleanest")
+PHASES = ("t", "rho", "log_rho")
 PREDICTIONS = ("eps", "x0", "v")
 
 
@@ -51,6 +53,7 @@ class Schedule(Protocol):
     def t_at(self, log_snr: float) -> float: ...
     def progress(self, t: float) -> float: ...  # 0 at full noise, 1 at the data
     def times(self, n_steps: int, spacing: str) -> list[float]: ...
+    def __hash__(self) -> int: ...  # solvers keep what they computed for a schedule
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,10 @@ class DiscreteSchedule:
 
 @dataclass(frozen=True)
 class ContinuousVP:
-    """The variance-preserving SDE's schedule (arXiv 2011.13456, appendix C): t in (0, 1], beta linear in t."""
+    """The variance-preserving SDE's schedule (arXiv 2011.13456, appendix C): t in (0, 1], beta linear in t.
+
+    rates(t): the SDE's f and g^2 in dx = f x dt + g dw, so f = d log alpha / dt, g^2 = d sigma^2 / dt - 2 f sigma^2.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -123,31 +129,116 @@ class ContinuousVP:
         return Point(t, math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha)))
 
     def t_at(self, log_snr: float) -> float:
-        # -2 log alpha = log(1 + exp(-2 lambda)) is a quadratic in t; the stable form of its positive root
-        twice = math.log1p(math.exp(-2 * log_snr))
+        return self._where(math.log1p(math.exp(-2 * log_snr)))
+
+    def _where(self, twice: float) -> float:
+        # twice = -2 log alpha is a quadratic in t; the stable form of its positive root
         slope = self.beta_max - self.beta_min
         return 2 * twice / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * twice))
+
+    def rates(self, t: float) -> tuple[float, float]:
+        beta = self.beta_min + t * (self.beta_max - self.beta_min)
+        return -beta / 2, beta
 
     def progress(self, t: float) -> float:
         return 1 - t
 
     def times(self, n_steps: int, spacing: str) -> list[float]:
-        if spacing == "trailing":
-            return [1 - i / n_steps for i in range(n_steps)]
-        if spacing == "leading":
-            return [self.cleanest + (1 - self.cleanest) * (n_steps - 1 - i) / n_steps for i in range(n_steps)]
-        if spacing == "linspace":
-            return [1 + (self.cleanest - 1) * i / max(n_steps - 1, 1) for i in range(n_steps)]
-        low, high = self.at(1.0).log_snr, self.at(self.cleanest).log_snr
-        return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
+        return _unit_times(self, n_steps, spacing)
 
 
-def grid(schedule: Schedule, n_steps: int, spacing: str) -> list[Point]:
-    """n_steps + 1 noise levels, full noise first and the clean data (sigma 0) last.
+@dataclass(frozen=True)
+class SubVP(ContinuousVP):
+    """The sub-VP SDE's schedule (arXiv 2011.13456, appendix C): the VP SDE's alpha, sigma = 1 - alpha^2."""
 
-    spacing is one of SPACINGS. Raises ValueError where the schedule has fewer levels than steps.
+    def at(self, t: float) -> Point:
+        _, alpha, sigma = super().at(t)
+        return Point(t, alpha, sigma**2)
+
+    def t_at(self, log_snr: float) -> float:
+        return self._where(2 * math.asinh(math.exp(-log_snr) / 2))  # 1 / alpha - alpha = 2 sinh(-log alpha)
+
+    def rates(self, t: float) -> tuple[float, float]:
+        drift, beta = super().rates(t)
+        return drift, -beta * math.expm1(4 * math.log(self.at(t).alpha))
+
+
+@dataclass(frozen=True)
+class ContinuousVE:
+    """The variance-exploding SDE's schedule (arXiv 2011.13456, appendix C): alpha 1, sigma geometric in t in (0, 1].
+
+    sigma_max should be as large as the largest distance between data (arXiv 2006.09011, technique 1). States at t are
+    as large as sigma, up to sigma_max.
     """
-    return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [CLEAN]
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    cleanest: float = 1e-5
+
+    def at(self, t: float) -> Point:
+        return Point(t, 1.0, self.sigma_min * (self.sigma_max / self.sigma_min) ** t)
+
+    def t_at(self, log_snr: float) -> float:
+        return (-log_snr - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+    def rates(self, t: float) -> tuple[float, float]:
+        return 0.0, 2 * math.log(self.sigma_max / self.sigma_min) * self.at(t).sigma ** 2
+
+    def progress(self, t: float) -> float:
+        return 1 - t
+
+    def times(self, n_steps: int, spacing: str) -> list[float]:
+        return _unit_times(self, n_steps, spacing)
+
+
+def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") -> list[Point]:
+    """n_steps + 1 noise levels, full noise first.
+
+    spacing is one of SPACINGS: diffusers' three, even in log-SNR, "karras" (arXiv 2206.00364, equation 5, rho 7) and
+    "t_quadratic" (arXiv 2204.13902). final: the last level is the clean data (sigma "zero") or the schedule's
+    "cleanest", which "linspace" and "leading" reach on even steps.
+    Raises ValueError where the schedule has fewer levels than steps.
+    """
+    if spacing in ("karras", "t_quadratic"):
+        return power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
+    if final == "zero":
+        return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [CLEAN]
+    if spacing in ("linspace", "leading"):  # these end at the cleanest level by themselves
+        times = schedule.times(n_steps + 1, spacing)[:-1]
+    else:
+        times = schedule.times(n_steps, spacing)
+    if times[-1] <= schedule.cleanest + 1e-9:
+        raise ValueError(f"n_steps={n_steps}: with spacing={spacing!r} the cleanest level comes before the last step, "
+                         f"expected fewer steps or final='zero'")
+    return [schedule.at(t) for t in (*times, schedule.cleanest)]
+
+
+def noisiest(schedule: Schedule) -> Point:
+    """The schedule's level of most noise, where trajectories start."""
+    return schedule.at(schedule.times(1, "trailing")[0])
+
+
+def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final: str = "zero") -> list[Point]:
+    """n_steps + 1 levels, even in phase ** (1 / power) from the noisiest to the cleanest level.
+
+    phase: time "t", "rho" = sigma / alpha, or "log_rho" (power has no meaning there). With final "zero" the first
+    n_steps levels span that range and the clean data (sigma 0) follows. Source: arXiv 2204.13902, appendix H.3.
+    Raises ValueError for another phase.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
+    ends = noisiest(schedule), schedule.at(schedule.cleanest)
+    n_levels = n_steps if final == "zero" else n_steps + 1
+    shares = [i / (n_levels - 1) for i in range(1, n_levels - 1)]
+    if phase == "log_rho":
+        a, b = (-p.log_snr for p in ends)
+        inner = [schedule.t_at(-(a + (b - a) * s)) for s in shares]
+    else:
+        a, b = ((p.t if phase == "t" else math.exp(-p.log_snr)) ** (1 / power) for p in ends)
+        values = [(a + (b - a) * s) ** power for s in shares]
+        inner = values if phase == "t" else [schedule.t_at(-math.log(v)) for v in values]
+    levels = [ends[0], *map(schedule.at, inner), ends[1]][:n_levels]
+    return [*levels, CLEAN] if final == "zero" else levels
 
 
 def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:
@@ -178,39 +269,47 @@ class Denoiser:
     schedule: Schedule
     prediction: str = "eps"
     null_label: int | None = None
+    module: Any = field(default=None, compare=False, repr=False)  # the torch module behind network, where there is one
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"{self.name}: prediction={self.prediction!r}: expected one of {', '.join(PREDICTIONS)}")
+        if self.prediction == "v" and isinstance(self.schedule, ContinuousVE | SubVP):
+            raise ValueError(f"{self.name}: prediction='v' needs alpha^2 + sigma^2 = 1, which "
+                             f"{type(self.schedule).__name__} has not: expected eps or x0")
 
-    def predict(self, x: Tensor, here: Point, on: Schedule, labels: Tensor | None, guidance: float
+    def predict(self, x: Tensor, here: Point | Sequence[Point], on: Schedule, labels: Tensor | None, guidance: float
                 ) -> tuple[Tensor, Tensor]:
         """The estimates (x0, eps) of the data and the noise in x (B, *shape) at the point `here` of schedule `on`.
+
+        here: of all rows, or a list with the point of each row.
 
         A network of another schedule is asked at its own time of equal log-SNR, with x rescaled to its own signal
         scale, so models of different schedules and prediction types are joined and never silently mixed.
         Evaluates B rows, or 2 B where guidance is not 1 and there are labels (classifier-free guidance,
         arXiv 2207.12598: unconditional + guidance * (conditional - unconditional)).
         """
-        point, own = here, x
+        given = [here] if isinstance(here, Point) else list(here)
+        points, own = given, x
         if self.schedule != on:
-            point = self.schedule.at(self.schedule.t_at(here.log_snr))
-            own = x * (point.alpha / here.alpha)
-        rows = len(x)
+            points = [self.schedule.at(self.schedule.t_at(p.log_snr)) for p in given]
+            own = x * _scale([p.alpha / g.alpha for p, g in zip(points, given, strict=True)], x)
+        alpha, sigma = (_scale(values, x) for values in ([p.alpha for p in given], [p.sigma for p in given]))
+        times = _times([p.t for p in points], x)
         if labels is not None and guidance != 1:
             if self.null_label is None:
                 raise ValueError(f"guidance={guidance}: {self.name} has no null label, only 1 is allowed")
             twice = torch.cat((own, own))
             both = torch.cat((torch.full_like(labels, self.null_label), labels))
-            out = self.network(twice, _times(point.t, 2 * rows, x), both)
-            raw = torch.lerp(out[:rows], out[rows:], guidance)
+            out = self.network(twice, times.repeat(2), both)
+            raw = torch.lerp(out[: len(x)], out[len(x) :], guidance)
         else:
-            raw = self.network(own, _times(point.t, rows, x), labels)
+            raw = self.network(own, times, labels)
         if self.prediction == "eps":
-            return (x - here.sigma * raw) / here.alpha, raw
+            return _less(x, raw, sigma) / alpha, raw
         if self.prediction == "v":
-            raw = point.alpha * own - point.sigma * raw
-        return raw, (x - here.alpha * raw) / here.sigma
+            raw = _scale([p.alpha for p in points], x) * own - _scale([p.sigma for p in points], x) * raw
+        return raw, _less(x, raw, alpha) / sigma
 
 
 @dataclass(frozen=True)
@@ -222,6 +321,7 @@ class Denoising:
     None where states are no pictures. digest: of weights and data, part of every key. flops: {model: per row}.
     reference and baseline: (method, knobs) of the full budget and of the cheap rival.
     data(n, seed) -> (n, *shape), n samples of the true law, where it can be drawn from.
+    is_latent: states are an autoencoder's codes, of no known range.
     """
 
     name: str
@@ -241,6 +341,7 @@ class Denoising:
     source: str = ""  # Python lines that build this problem under the name `problem`
     code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
     data: Callable[[int, int], Tensor] | None = None
+    is_latent: bool = False
 
     def start(self, rng: Rng) -> Tensor:
         """The noise that a run starts from: (n_samples, *shape), standard normal."""
@@ -275,11 +376,39 @@ def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: f
     return found
 
 
+def _unit_times(schedule: Schedule, n_steps: int, spacing: str) -> list[float]:
+    """`Schedule.times` where t runs from 1 (full noise) down to schedule.cleanest."""
+    cleanest = schedule.cleanest
+    if spacing == "trailing":
+        return [1 - i / n_steps for i in range(n_steps)]
+    if spacing == "leading":
+        return [cleanest + (1 - cleanest) * (n_steps - 1 - i) / n_steps for i in range(n_steps)]
+    if spacing == "linspace":
+        return [1 + (cleanest - 1) * i / max(n_steps - 1, 1) for i in range(n_steps)]
+    low, high = schedule.at(1.0).log_snr, schedule.at(cleanest).log_snr
+    return [schedule.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
+
+
 def _scales(log_snr: float) -> tuple[float, float]:
     return 1 / math.sqrt(1 + math.exp(-2 * log_snr)), 1 / math.sqrt(1 + math.exp(2 * log_snr))
 
 
-def _times(t: float, rows: int, like: Tensor) -> Tensor:
-    """t for each row: integers where t is one of a table's entries, as networks expect them."""
-    whole = t == int(t)
-    return torch.full((rows,), int(t) if whole else t, dtype=torch.int64 if whole else like.dtype, device=like.device)
+def _scale(values: Sequence[float], like: Tensor) -> float | Tensor:
+    """The one value for all rows, or a column of one for each row of `like` (B, *shape)."""
+    if len(values) == 1:
+        return values[0]
+    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _less(x: Tensor, other: Tensor, scale: float | Tensor) -> Tensor:
+    """x - scale * other, in one pass where the scale is one number."""
+    return x - scale * other if isinstance(scale, Tensor) else torch.sub(x, other, alpha=scale)
+
+
+def _times(values: Sequence[float], like: Tensor) -> Tensor:
+    """The time of each row of `like`: integers where all are a table's entries, as networks expect them."""
+    is_whole = all(t == int(t) for t in values)
+    dtype = torch.int64 if is_whole else like.dtype
+    if len(values) == 1:
+        return torch.full((len(like),), int(values[0]) if is_whole else values[0], dtype=dtype, device=like.device)
+    return torch.tensor(values, dtype=dtype, device=like.device)

@@ -43,7 +43,8 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
     host, shape, numbers = pipelines[-1], shapes[0], parts[0].numbers
     one = {part.schedule: part.schedule for part in parts}  # equal schedules become one object, which compares at once
     schedule = one[parts[-1].schedule]
-    models = tuple(Denoiser(p.name, p.network, one[p.schedule], p.prediction, p.null_label) for p in parts)
+    models = tuple(Denoiser(p.name, p.network, one[p.schedule], p.prediction, p.null_label, _denoiser(pipe))
+                   for p, pipe in zip(parts, pipelines, strict=True))
     device = str(_denoiser(host).device)
 
     def labels(n: int) -> Tensor:
@@ -58,6 +59,7 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
         reference=("dpmpp_2m", {"n_steps": 50, "guidance": weight}),
         baseline=("ddim", {"model": "cheapest", "guidance": weight}),
         images=lambda latents: to_uint8(decode(host, latents)), device=device, preset={"guidance": weight},
+        is_latent=getattr(host, "vae", None) is not None,
         source=source or _source(pipelines, conditions, names), code=_code(
             loaders or [_loader(p) for p in pipelines], shape, schedule, conditions, host),
     )
@@ -168,6 +170,8 @@ def _code(loaders: Sequence[str], shape: tuple[int, ...], schedule: DiscreteSche
 
     def code(inputs: Inputs) -> str | None:
         knobs = inputs.knobs
+        if inputs.method not in ("ddim", "dpmpp_2m", "t_stitch"):
+            return None
         solver = knobs.get("solver", inputs.method)
         if knobs.get("eta") or knobs.get("reset_history") or not _alike(solver, knobs, len(schedule.alphas_cumprod)):
             return None

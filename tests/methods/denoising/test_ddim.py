@@ -22,18 +22,18 @@ DIFFUSERS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 def old_alpha(x, step: Advance, *, eta: float = 0.0):
     """Broken twin: the new state is built with the old signal scale."""
-    x0, eps = step.denoise(x, step.here)
-    return (x0, x0) if step.there.sigma == 0 else (step.here.alpha * x0 + step.there.sigma * eps, x0)
+    now = step.denoise(x, step.here)
+    return (now.x0 if step.there.sigma == 0 else step.here.alpha * now.x0 + step.there.sigma * now.eps), now
 
 
 def unreduced(x, step: Advance, *, eta: float = 0.0):
     """Broken twin: fresh noise is added without taking away as much of the predicted noise."""
-    x0, eps = step.denoise(x, step.here)
+    now = step.denoise(x, step.here)
     if step.there.sigma == 0:
-        return x0, x0
+        return now.x0, now
     ratio = step.here.alpha / step.there.alpha
     fresh = eta * step.there.sigma / step.here.sigma * math.sqrt(1 - ratio**2)
-    return step.there.alpha * x0 + step.there.sigma * eps + fresh * step.noise(), x0
+    return step.there.alpha * now.x0 + step.there.sigma * now.eps + fresh * step.noise(), now
 
 
 def in_diffusers(problem, n_samples, n_steps, spacing, eta):

@@ -26,13 +26,13 @@ def twin(weight):
     """The 2M step with another weight of the difference of data estimates; the true one is 1 / (2 r)."""
 
     def broken(x, step: Advance):
-        x0, _ = step.denoise(x, step.here)
+        now = step.denoise(x, step.here)
         if step.there.sigma == 0:
-            return x0, x0
-        h, towards = step.there.log_snr - step.here.log_snr, x0
-        if step.past is not None:
-            towards = x0 + weight((step.here.log_snr - step.past.point.log_snr) / h) * (x0 - step.past.x0)
-        return (step.there.sigma / step.here.sigma) * x - (step.there.alpha * math.expm1(-h)) * towards, x0
+            return now.x0, now
+        h, towards = step.there.log_snr - step.here.log_snr, now.x0
+        for past in step.past[:1]:
+            towards = now.x0 + weight((step.here.log_snr - past.point.log_snr) / h) * (now.x0 - past.x0)
+        return (step.there.sigma / step.here.sigma) * x - (step.there.alpha * math.expm1(-h)) * towards, now
 
     return broken
 

@@ -19,7 +19,8 @@ from workbench.cost import Meter
 from workbench.methods.denoising import t_stitch as module
 from workbench.methods.denoising._march import march
 from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
-from workbench.methods.denoising.t_stitch import SOLVERS, full_fractions, step_counts
+from workbench.methods.denoising.solvers import SOLVERS
+from workbench.methods.denoising.t_stitch import full_fractions, step_counts
 from workbench.problems.denoising import (
     PREDICTIONS,
     SPACINGS,
@@ -39,9 +40,15 @@ def answer(problem, method="t_stitch", n_samples=4, **knobs):
     return run(method, replace(problem, judge=lambda state, labels: {}), n_samples=n_samples, **knobs).answer
 
 
+def pure(problem, solver, n_steps, model=-1, spacing="trailing", guidance=1.0):
+    """One model for the whole trajectory, without the method."""
+    points, owners = grid(problem.schedule, n_steps, spacing), [problem.models[model]] * n_steps
+    return list(march(problem, Rng(0, 4), points, owners, SOLVERS[solver].step, guidance=guidance))[-1].state
+
+
 # ---- identities ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("boundary", module.BOUNDARIES)
 def test_ends_are_the_pure_runs_bit_by_bit(solver, spacing, boundary):
@@ -83,6 +90,30 @@ def test_history_kept_and_dropped_equal_hand_written_runs():
     knobs = {"solver": "dpmpp_2m", "n_steps": n, "fractions": (k / n,)}
     torch.testing.assert_close(answer(problem, reset_history=True, **knobs), x, rtol=1e-12, atol=1e-12)
     assert (answer(problem, reset_history=False, **knobs) - x).abs().max() > 1e-4  # the twin that keeps its past
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ends_and_self_stitches_of_every_solver(solver):
+    """Fraction 0 and 1 are the pure runs, and a model stitched with itself is that model, bit by bit."""
+    for problem, spacing in ((two_modes(), "karras"), (two_dim(has_labels=True), "trailing")):
+        for fraction, model in ((0.0, -1), (1.0, 0)):
+            stitched = answer(problem, solver=solver, fractions=(fraction,), n_steps=7, spacing=spacing, guidance=2.0)
+            assert torch.equal(stitched, pure(problem, solver, 7, model, spacing, guidance=2.0))
+    twice = plane(("one", VP, "eps"), ("two", VP, "eps"), schedule=VP)
+    for fraction in (0.3, 0.6):
+        assert torch.equal(answer(twice, solver=solver, n_steps=8, fractions=(fraction,)), pure(twice, solver, 8))
+    # not by chance: where the models differ, so does the stitch
+    assert not torch.equal(answer(two_modes(), solver=solver, n_steps=8), pure(two_modes(), solver, 8))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_each_solver_costs_what_the_registry_says_and_resets_what_it_keeps(solver):
+    problem, knobs = two_modes(), {"solver": solver, "n_steps": 8, "fractions": (0.5,)}
+    made = run("t_stitch", problem, n_samples=3, **knobs)
+    per_step = SOLVERS[solver].evaluations
+    assert made.cost.evaluations == {"wiener": 3 * 4 * per_step, "exact": 3 * (3 * per_step + 1)}
+    is_kept = torch.equal(made.answer, run("t_stitch", problem, n_samples=3, reset_history=True, **knobs).answer)
+    assert is_kept != SOLVERS[solver].is_multistep
 
 
 # ---- integer counts --------------------------------------------------------------------------------------------------
@@ -253,9 +284,9 @@ def test_three_models_on_the_simplex():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_prediction_types_can_be_mixed(solver):
     mixed = plane(*((p, VP, p) for p in PREDICTIONS), schedule=VP)
-    pure = answer(plane(("eps", VP, "eps"), schedule=VP), solver, n_steps=12)
     stitched = answer(mixed, solver=solver, n_steps=12, fractions=(1 / 3, 1 / 3))
-    torch.testing.assert_close(stitched, pure, rtol=1e-9, atol=1e-9)
+    alone = pure(plane(("eps", VP, "eps"), schedule=VP), solver, 12)
+    torch.testing.assert_close(stitched, alone, rtol=1e-9, atol=1e-9)
 
 
 def test_mixing_check_fails_for_a_mislabelled_prediction():
@@ -299,12 +330,12 @@ def not_vp(x_scale: float):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
 def test_schedules_are_joined_at_equal_log_snr(solver, prediction):
-    pure = answer(plane(("one", VP, prediction), schedule=VP), solver, n_steps=12)
+    alone = pure(plane(("one", VP, prediction), schedule=VP), solver, 12)
     scaled = not_vp(3.0)
     several = plane(("linear", LINEAR, prediction), ("cosine", COSINE, prediction), ("scaled", scaled, prediction),
                     ("vp", VP, prediction), schedule=VP)
     stitched = answer(several, solver=solver, n_steps=12, fractions=(0.25, 0.25, 0.25))
-    torch.testing.assert_close(stitched, pure, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(stitched, alone, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize(("twin", "schedule"), [(NoRescale, not_vp(3.0)), (SameIndex, COSINE)])

@@ -9,28 +9,33 @@ import torch
 from torch import Tensor
 
 from workbench.method import Step
-from workbench.problems.denoising import Denoiser, Denoising, Point
+from workbench.problems.denoising import Denoiser, Denoising, Point, Schedule
 from workbench.rng import Rng
 
 
 class Evaluated(NamedTuple):
-    """One evaluation of a trajectory: where, and the data estimate there (B, *shape)."""
+    """One evaluation of a trajectory: where, the state there, and the estimates of its data and noise (B, *shape)."""
 
     point: Point
+    x: Tensor
     x0: Tensor
+    eps: Tensor
 
 
 class Advance(NamedTuple):
-    """What a solver knows in one step: `denoise(x, point) -> (x0, eps)` is the step's model."""
+    """What a solver knows in one step: `denoise(x, point) -> Evaluated` asks the step's model."""
 
-    denoise: Callable[[Tensor, Point], tuple[Tensor, Tensor]]
+    denoise: Callable[[Tensor, Point], Evaluated]
     here: Point
     there: Point
-    past: Evaluated | None  # the previous step's evaluation, None at the start and after a reset
+    past: Sequence[Evaluated]  # the former steps' evaluations at their starts, newest first; empty after a reset
+    n_left: int  # steps to go, this one included
     noise: Callable[[], Tensor]  # a fresh standard normal of the state's shape
+    schedule: Schedule  # the trajectory's, for levels between here and there
 
 
-Solver = Callable[..., tuple[Tensor, Tensor]]  # (x, Advance, **solver knobs) -> (next x, x0)
+Solver = Callable[..., tuple[Tensor, Evaluated]]  # (x, Advance, **solver knobs) -> (next x, evaluation at step.here)
+MEMORY = 4  # evaluations that a solver may look back on
 
 
 def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequence[Denoiser], solver: Solver, *,
@@ -41,17 +46,19 @@ def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequenc
     """
     x = problem.start(rng)
     labels = problem.labels(rng.n_samples)
-    past: Evaluated | None = None
+    past: tuple[Evaluated, ...] = ()
 
     def noise() -> Tensor:
         return rng.normal(problem.shape, problem.dtype, problem.device)
 
     for i, (here, there, owner) in enumerate(zip(points[:-1], points[1:], owners, strict=True)):
 
-        def denoise(x: Tensor, at: Point, owner: Denoiser = owner) -> tuple[Tensor, Tensor]:
-            return owner.predict(x, at, problem.schedule, labels, guidance)
+        def denoise(x: Tensor, at: Point, owner: Denoiser = owner) -> Evaluated:
+            return Evaluated(at, x, *owner.predict(x, at, problem.schedule, labels, guidance))
 
         with torch.no_grad():
-            x, x0 = solver(x, Advance(denoise, here, there, None if i in restarts else past, noise), **knobs)
-        past = Evaluated(here, x0)
-        yield Step(x, {"i": i, "model": owner.name, "x0": x0, "there": there})
+            step = Advance(denoise, here, there, () if i in restarts else past, len(owners) - i, noise,
+                           problem.schedule)
+            x, now = solver(x, step, **knobs)
+        past = (now, *step.past[: MEMORY - 1])
+        yield Step(x, {"i": i, "model": owner.name, "x0": now.x0, "there": there})

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Advance, march
+from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.problems.denoising import SPACINGS, Denoising, grid
 from workbench.rng import Rng
 
@@ -24,20 +25,20 @@ Eta = Annotated[float, Knob(low=0.0, high=1.0, step=0.05,
                             help="fresh noise per step: 0 deterministic, 1 as much as DDPM's ancestral sampling")]
 
 
-def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Tensor]:
-    """One DDIM step: x (B, *shape) at step.here -> x at step.there, and the data estimate. 1 evaluation per row.
+def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Evaluated]:
+    """One DDIM step: x (B, *shape) at step.here -> x at step.there. 1 evaluation per row.
 
     Source: arXiv 2010.02502, equation 12 with sigma_t of equation 16.
     """
-    x0, eps = step.denoise(x, step.here)
-    here, there = step.here, step.there
+    now = step.denoise(x, step.here)
+    here, there, x0, eps = step.here, step.there, now.x0, now.eps
     if there.sigma == 0:
-        return x0, x0
+        return x0, now
     if eta == 0:
-        return there.alpha * x0 + there.sigma * eps, x0
+        return torch.add(there.alpha * x0, eps, alpha=there.sigma), now
     ratio = here.alpha / there.alpha
     fresh = eta * there.sigma / here.sigma * math.sqrt(max(1 - ratio**2, 0.0))
-    return there.alpha * x0 + math.sqrt(max(there.sigma**2 - fresh**2, 0.0)) * eps + fresh * step.noise(), x0
+    return there.alpha * x0 + math.sqrt(max(there.sigma**2 - fresh**2, 0.0)) * eps + fresh * step.noise(), now
 
 
 @method(version=1, source="DDIM, arXiv 2010.02502, eq. 12 and 16")

@@ -8,28 +8,29 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Advance, march
+from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.problems.denoising import Denoising, grid
 from workbench.rng import Rng
 
 
-def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Tensor]:
-    """One 2M step: x (B, *shape) at step.here -> x at step.there, and the data estimate. 1 evaluation per row.
+def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Evaluated]:
+    """One 2M step: x (B, *shape) at step.here -> x at step.there. 1 evaluation per row.
 
     First order (DDIM) without history, and into sigma 0, where the formula's limit is the data estimate itself.
     Source: arXiv 2211.01095, algorithm 2.
     """
-    x0, _ = step.denoise(x, step.here)
-    here, there, past = step.here, step.there, step.past
+    now = step.denoise(x, step.here)
+    here, there, x0 = step.here, step.there, now.x0
     if there.sigma == 0:
-        return x0, x0
+        return x0, now
     h = there.log_snr - here.log_snr
     towards = x0
-    if past is not None:
-        r = (here.log_snr - past.point.log_snr) / h
-        towards = x0 + (x0 - past.x0) * (0.5 / r)
-    return (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * towards, x0
+    if step.past:
+        before = step.past[0]
+        r = (here.log_snr - before.point.log_snr) / h
+        towards = x0 + (x0 - before.x0) * (0.5 / r)
+    return (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * towards, now
 
 
 @method(version=1, source="DPM-Solver++, arXiv 2211.01095, alg. 2")

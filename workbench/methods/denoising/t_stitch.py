@@ -8,13 +8,12 @@ from typing import Annotated, Any
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Solver, march
-from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, ddim_step
-from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
+from workbench.methods.denoising._march import march
+from workbench.methods.denoising.ddim import Guidance, Spacing, Steps
+from workbench.methods.denoising.solvers import MULTISTEP, SOLVERS, nfe  # noqa: F401 (nfe: in the cost formula)
 from workbench.problems.denoising import Denoising, Point, Schedule, grid, split_steps
 from workbench.rng import Rng
 
-SOLVERS: dict[str, Solver] = {"ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}
 BOUNDARIES = ("step", "timestep", "log_snr")
 
 Fractions = Annotated[tuple[float, ...], Knob(
@@ -77,7 +76,7 @@ def t_stitch(
     spacing: Spacing = "trailing",
     eta: Annotated[float, Knob(low=0.0, high=1.0, step=0.05, needs={"solver": "ddim"},
                                help="fresh noise per DDIM step: 0 none, 1 as DDPM's ancestral sampling")] = 0.0,
-    reset_history: Annotated[bool, Knob(needs={"solver": "dpmpp_2m"},
+    reset_history: Annotated[bool, Knob(needs={"solver": MULTISTEP},
                                         help="forget the former model's estimates at a switch")] = False,
     order: Annotated[str, Knob(choices=("cheap_first", "costly_first"),
                                help="which end of the trajectory the cheap models take")] = "cheap_first",
@@ -87,8 +86,8 @@ def t_stitch(
     State (n_samples, *problem.shape). Step i asks only the model that owns it; guidance is inside that model, and
     models of another prediction type or schedule are joined at equal log-SNR. "costly_first" reverses the order of
     the models along the trajectory, with each model keeping its share: the paper's negative control.
-    Cost: ``n_steps * branches`` evaluations per sample, split over the models as `step_counts` says;
-    with cost c_k per evaluation that is sum_k n_k c_k.
+    Cost: ``nfe(solver, n_steps) * branches`` evaluations per sample: n_steps, or 2 n_steps - 1 of solvers that take two
+    per step, split over the models as `step_counts` says; with cost c_k per step that is sum_k n_k c_k.
     Raises ValueError where fractions do not fit the models, or a knob of another solver is set.
     """
     if eta > 0 and solver != "ddim":
@@ -102,5 +101,5 @@ def t_stitch(
     owners = [m for m, count in zip(models, counts, strict=True) for _ in range(count)]
     switches = {i + 1 for i, (a, b) in enumerate(pairwise(owners)) if a is not b}
     knobs: dict[str, Any] = {"eta": eta} if solver == "ddim" else {}
-    yield from march(problem, rng, points, owners, SOLVERS[solver], guidance=guidance,
+    yield from march(problem, rng, points, owners, SOLVERS[solver].step, guidance=guidance,
                      restarts=switches if reset_history else (), **knobs)

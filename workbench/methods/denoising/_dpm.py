@@ -1,0 +1,167 @@
+"""Updates of DPM-Solver and DPM-Solver++: exponential integrators in log-SNR of order 1 to 3.
+
+With D the estimate ("x0" or "eps") and h the step in log-SNR, every update is
+    x_there = decay x - scale (w0 D + w1 D' + w2 D'') + fresh z,
+where D' and D'' are differences that stand for h and h^2 times D's derivatives in log-SNR (arXiv 2206.00927,
+proposition 3.1; arXiv 2211.01095, proposition 4.1). Solvers differ in where these differences come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from workbench.methods.denoising._march import Advance, Evaluated
+from workbench.problems.denoising import Point, Schedule
+
+
+class Linear(NamedTuple):
+    """A step with the estimate held fixed: decay x - scale expm1(g) D + fresh z, and the weights of differences."""
+
+    decay: float
+    scale: float
+    g: float
+    fresh: float
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """w0, w1, w2 by Taylor expansion: g phi_1, g phi_2, g phi_3 of g."""
+        return self.g * phi(1, self.g), self.g * phi(2, self.g), self.g * phi(3, self.g)
+
+
+def phi(k: int, z: float) -> float:
+    """phi_0 = e^z, phi_k = (phi_(k-1) - 1 / (k-1)!) / z; by its series where that difference would cancel."""
+    if abs(z) < 1:
+        return math.fsum(z**j / math.factorial(j + k) for j in range(20))
+    value = math.expm1(z) / z
+    for j in range(1, k):
+        value = (value - 1 / math.factorial(j)) / z
+    return value
+
+
+def linear(here: Point, there: Point, form: str, is_stochastic: bool = False) -> Linear:
+    """The coefficients of the step of the flow, or of the reverse SDE."""
+    h = there.log_snr - here.log_snr
+    if form == "x0":
+        decay, g = there.sigma / here.sigma, -h
+        if is_stochastic:
+            return Linear(decay * math.exp(-h), there.alpha, 2 * g, there.sigma * math.sqrt(-math.expm1(2 * g)))
+        return Linear(decay, there.alpha, g, 0.0)
+    decay = there.alpha / here.alpha
+    if is_stochastic:
+        return Linear(decay, 2 * there.sigma, h, there.sigma * math.sqrt(math.expm1(2 * h)))
+    return Linear(decay, there.sigma, h, 0.0)
+
+
+def multistep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str = "x0", correction: str = "midpoint",
+                   stochastic: bool = False, lower_order_final: bool = True, quantile: float | None = None
+                   ) -> tuple[Tensor, Evaluated]:
+    """One multistep update: x (B, *shape) at step.here -> x at step.there. 1 evaluation per row.
+
+    Differences come from former steps' estimates; of lower order while there are too few, in the last steps with
+    lower_order_final, and into sigma 0, where the answer is the data estimate.
+    correction, at order 2: the weight of D' by the midpoint rule, or Taylor's. At order 3 all weights are Taylor's, but
+    "midpoint" counts the second derivative half, as the authors' code and diffusers do, which makes the error small
+    but of second order; "taylor" is of third order.
+    Source: arXiv 2211.01095, algorithm 2 and its forms for noise estimates, order 3 and the reverse SDE.
+    """
+    now = estimated(step, x, step.here, quantile)
+    if step.there.sigma == 0:
+        return now.x0, now
+    here, there = step.here, step.there
+    order = min(order, len(step.past) + 1, step.n_left if lower_order_final else order)
+    form = linear(here, there, prediction, stochastic)
+    w0, w1, w2 = form.weights
+    levels = [here.log_snr, *(p.point.log_snr for p in step.past[: order - 1])]
+    gaps = [(a - b) / (there.log_snr - here.log_snr) for a, b in pairwise(levels)]
+    values = [getattr(p, prediction) for p in (now, *step.past[: order - 1])]
+    slopes = [(a - b) / gap for a, b, gap in zip(values[:-1], values[1:], gaps, strict=True)]
+    total = w0 * values[0]
+    if order == 2:
+        total = total + (0.5 * w0 if correction == "midpoint" else w1) * slopes[0]
+    elif order == 3:
+        bend = (slopes[0] - slopes[1]) / (gaps[0] + gaps[1])
+        # bend is half the second derivative
+        total = total + w1 * (slopes[0] + gaps[0] * bend) + (w2 if correction == "midpoint" else 2 * w2) * bend
+    out = form.decay * x - form.scale * total
+    return (out + form.fresh * step.noise() if stochastic else out), now
+
+
+def singlestep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str = "x0", correction: str = "midpoint",
+                    quantile: float | None = None, between: Mapping[Point, Sequence[Point]] | None = None
+                    ) -> tuple[Tensor, Evaluated]:
+    """One singlestep update: x (B, *shape) at step.here -> x at step.there. `order` evaluations per row.
+
+    Differences come from stages within the step, even in log-SNR or, with `between`, at the order - 1 levels that it
+    has for step.here. Into sigma 0 the answer is the data estimate, of 1 evaluation.
+    correction: D' by the midpoint rule (at order 3: from the last stage alone) or by the full Taylor expansion.
+    Sources: arXiv 2206.00927, algorithms 1 and 2; arXiv 2211.01095, algorithm 1.
+    """
+    now = estimated(step, x, step.here, quantile)
+    here, there = step.here, step.there
+    if there.sigma == 0:
+        return now.x0, now
+    inner = stages(step.schedule, here, there, order) if between is None else between[here]
+    values: list[Tensor] = [getattr(now, prediction)]
+    spans: list[float] = []
+    for level in inner:
+        span = level.log_snr - here.log_snr
+        weights = combination(here, [s / span for s in spans], level, prediction, "taylor")
+        values.append(getattr(estimated(step, combined(x, values, weights), level, quantile), prediction))
+        spans.append(span)
+    span = there.log_snr - here.log_snr
+    weights = combination(here, [s / span for s in spans], there, prediction, correction)
+    return combined(x, values, weights), now
+
+
+def combination(here: Point, shares: Sequence[float], there: Point, prediction: str, correction: str
+                ) -> tuple[float, ...]:
+    """c, c_0, ... such that a singlestep update is x_there = c x_here + sum_j c_j D_j, D_0 at `here`.
+
+    shares: of the step in log-SNR at which the stages 1, 2, ... lie; as many as the order less one, 0 to 2.
+    """
+    form = linear(here, there, prediction)
+    w0, w1, w2 = form.weights
+    later: tuple[float, ...] = ()
+    if len(shares) == 1:
+        later = ((0.5 * w0 if correction == "midpoint" else w1) / shares[0],)
+    elif len(shares) == 2 and correction == "midpoint":
+        later = (0.0, w1 / shares[1])
+    elif len(shares) == 2:
+        bend = (2 * w2 - w1 * shares[0]) / (shares[1] - shares[0])  # weight of the difference of the two slopes
+        later = ((w1 - bend) / shares[0], bend / shares[1])
+    return form.decay, *(-form.scale * w for w in (w0 - sum(later), *later))
+
+
+def combined(x: Tensor, values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    """The state x (B, *shape) and the estimates, weighted."""
+    out = weights[0] * x
+    for value, weight in zip(values, weights[1:], strict=True):
+        out = out + weight * value
+    return out
+
+
+def stages(schedule: Schedule, here: Point, there: Point, order: int) -> tuple[Point, ...]:
+    """The order - 1 levels that lie evenly in log-SNR between two."""
+    a, b = here.log_snr, there.log_snr
+    return tuple(schedule.at(schedule.t_at(a + (b - a) * i / order)) for i in range(1, order))
+
+
+def estimated(step: Advance, x: Tensor, point: Point, quantile: float | None) -> Evaluated:
+    """The evaluation of x (B, *shape) at a point, with the data estimate thresholded where there is a quantile.
+
+    Each sample's own quantile of magnitudes, but at least 1, becomes 1, and what is larger is clipped.
+    Source: arXiv 2205.11487, section 2.3.
+    """
+    now = step.denoise(x, point)
+    if quantile is None:
+        return now
+    limit = torch.quantile(now.x0.flatten(1).abs(), quantile, dim=1).clamp(min=1)
+    limit = limit.reshape(-1, *[1] * (x.ndim - 1))
+    x0 = now.x0.clamp(-limit, limit) / limit
+    return now._replace(x0=x0, eps=(x - point.alpha * x0) / point.sigma)

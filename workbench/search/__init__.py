@@ -1,0 +1,1 @@
+"""Searches over schedules: what each found, on which seeds, and what the search itself cost."""
