@@ -57,7 +57,8 @@ class Method:
 
     def evaluations(self, knobs: Mapping[str, Any], branches: int) -> int:
         """Evaluations per sample by the docstring's formula."""
-        return int(eval(self.cost, {**self.function.__globals__}, {**knobs, "branches": branches}))
+        names = {**self.function.__globals__, "__builtins__": {}, "max": max, "min": min}
+        return int(eval(self.cost, names, {**knobs, "branches": branches}))
 
 
 METHODS: dict[str, Method] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
+from workbench.methods.denoising._dpm import phi
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.plan import CORRECTORS, PRESETS, Decision, Expansion, Plan, preset_plan
@@ -42,16 +43,6 @@ def derivative_weights(offsets: Sequence[float], k: int) -> list[float]:
     rows = [[(d / scale) ** i / math.factorial(i) for d in offsets] for i in range(1, len(offsets) + 1)]
     solved = np.linalg.solve(np.array(rows), np.eye(len(offsets))[k - 1])
     return [float(a) / scale**k for a in solved]
-
-
-def phi(k: int, z: float) -> float:
-    """(e^z - sum_{j<k} z^j / j!) / z^k, by its series sum_j z^j / (j + k)! where the difference would cancel."""
-    if abs(z) < 1:
-        return math.fsum(z**j / math.factorial(j + k) for j in range(20))
-    value = math.expm1(z) / z
-    for j in range(1, k):
-        value = (value - 1 / math.factorial(j)) / z
-    return value
 
 
 def relaxation(kind: str, slope: float, h: float, z: float) -> float:
