@@ -436,7 +436,7 @@ class Explorer:
         run = self._known(wanted)
         if run is None:
             run = self._run_with_previews(wanted, overtaken)
-        if not overtaken():
+        if self.inputs == wanted:  # also where something woke the worker without asking for other settings
             self._publish("frame", self._frame(run))
         with self._change:
             self.run = self._keep(run)
