@@ -14,8 +14,8 @@ from torch import Tensor
 
 from workbench.methods.denoising._march import MEMORY
 from workbench.methods.denoising.usf import Weights, weights
-from workbench.plan import Decision, Plan
-from workbench.problems.denoising import Denoising, Point
+from workbench.plan import Decision, Plan, preset_plan
+from workbench.problems.denoising import Denoising, Point, grid
 from workbench.quality import METRICS
 from workbench.rng import Rng
 
@@ -77,6 +77,28 @@ class Judged:
                 if bool(torch.isfinite(a).all()) else math.inf for a in answers]
 
 
+class Drift:
+    """The root mean square distance from what n_reference steps of DPM-Solver++(2M) make of the same noise.
+
+    So the solver's error alone, whatever the model's own; unlike a distance from the data it has no bias at few
+    samples, and its least value is 0. Costs n_reference evaluations per sample once, beside those of the plans.
+    """
+
+    def __init__(self, problem: Denoising, n_samples: int, seed: int, guidance: float = 1.0, n_reference: int = 50
+                 ) -> None:
+        self.problem, self.guidance = problem, guidance
+        self.noise, self.labels = problem.start(Rng(seed, n_samples)), problem.labels(n_samples)
+        self.rows = n_samples * problem.branches(guidance)
+        self.key = {"fitness": "drift", "problem": problem.name, "digest": problem.digest, "n_samples": n_samples,
+                    "seed": seed, "guidance": guidance, "n_reference": n_reference}
+        many = preset_plan("dpmpp_2m", grid(problem.schedule, n_reference, "trailing"))
+        self.reference = run_plans(problem, [many], self.noise, labels=self.labels, guidance=guidance)
+
+    def __call__(self, plans: Sequence[Plan]) -> list[float]:
+        answers = run_plans(self.problem, plans, self.noise, labels=self.labels, guidance=self.guidance)
+        return (answers - self.reference).square().flatten(1).mean(1).sqrt().tolist()
+
+
 def exact_flow(problem: Denoising, first: Point, last: Point, x: Tensor, n_steps: int = 1000) -> Tensor:
     """x (n, *shape) carried from `first` to `last` by the probability flow of the problem's best model.
 
@@ -105,17 +127,19 @@ def exact_flow(problem: Denoising, first: Point, last: Point, x: Tensor, n_steps
 
 
 def run_plans(problem: Denoising, plans: Sequence[Plan], noise: Tensor, *, labels: Tensor | None = None,
-              guidance: float = 1.0, max_rows: int = 65536) -> Tensor:
+              guidance: float = 1.0, max_rows: int | None = None) -> Tensor:
     """The answers (n_plans, n, *shape) of many plans from the same noise (n, *shape), by the problem's best model.
 
-    Plans of equal length advance together, one batch of rows per step, at most max_rows at once. As `run_plan` for
-    each, up to rounding. Raises ValueError where a plan does not fit the problem's schedule.
+    Plans of equal length advance together, one batch of rows per step, at most max_rows at once (default: as many as
+    have 65536 numbers), but at least one plan. As `run_plan` for each, up to rounding. Raises ValueError where a plan
+    does not fit the problem's schedule.
     """
     out = noise.new_empty((len(plans), *noise.shape))
     lengths: dict[int, list[int]] = {}
     for c, plan in enumerate(plans):
         lengths.setdefault(len(plan.decisions), []).append(c)
-    share = max(max_rows // len(noise), 1)
+    most = 65536 * len(noise) // noise.numel() if max_rows is None else max_rows
+    share = max(most // len(noise), 1)
     for members in lengths.values():
         for part in (members[i : i + share] for i in range(0, len(members), share)):
             out[part] = _together(problem, [plans[c] for c in part], noise, labels, guidance)
@@ -133,8 +157,8 @@ def _together(problem: Denoising, plans: Sequence[Plan], noise: Tensor, labels: 
         x0, eps = owner.predict(x.flatten(0, 1), points, problem.schedule, repeated, guidance)
         return [x, x0.reshape(x.shape), eps.reshape(x.shape)]
 
-    def history(c: int, i: int) -> list[Point]:
-        return [grids[c][i - j] for j in range(len(past))]
+    def history(c: int, i: int) -> tuple[Point, ...]:
+        return tuple(grids[c][i - j] for j in range(len(past)))
 
     def combined(chosen: Sequence[tuple[int, Weights]]) -> Tensor:
         """The linear combinations over `past`, one starting point and weights per plan."""
@@ -166,13 +190,13 @@ def _together(problem: Denoising, plans: Sequence[Plan], noise: Tensor, labels: 
     return x
 
 
-def _correction(arrived: Decision, points: list[Point]) -> tuple[int, Weights]:
+def _correction(arrived: Decision, points: tuple[Point, ...]) -> tuple[int, Weights]:
     if arrived.corrector == "none":
         return 0, Weights(1.0, (0.0,) * len(points), "x0")
     start = 1 + min(arrived.start, len(points) - 2)
     return start, weights(points, start, points[0], arrived.prediction, arrived.correction)
 
 
-def _prediction(decision: Decision, points: list[Point], there: Point) -> tuple[int, Weights]:
+def _prediction(decision: Decision, points: tuple[Point, ...], there: Point) -> tuple[int, Weights]:
     start = min(decision.start, len(points) - 1)
     return start, weights(points, start, there, decision.prediction, decision.expansion)
