@@ -273,8 +273,9 @@ function render({ model, el }) {
   const EDGE = HEAD / 2 + 2;
   let width = 700;
   const back = s("g");
+  const stems = s("g"); // behind all heads
   const marksBox = s("g");
-  const strip = s("svg", { class: "wbe-strip", role: "group", "data-testid": "strip", "aria-label": "schedule: one mark per solver step along log-SNR, noise left, data right" }, back, marksBox);
+  const strip = s("svg", { class: "wbe-strip", role: "group", "data-testid": "strip", "aria-label": "schedule: one mark per solver step along log-SNR, noise left, data right" }, back, stems, marksBox);
   const marks = [];
   const [low, high] = spec.range;
   const across = (level) => LEFT + EDGE + ((level - low) / (high - low)) * (width - LEFT - RIGHT - 2 * EDGE);
@@ -327,13 +328,13 @@ function render({ model, el }) {
 
   function makeMark(i) {
     const hit = s("rect", { class: "wbe-hit", x: -HEAD / 2, width: HEAD });
-    const stem = s("line", { class: "wbe-stem", x1: 0, x2: 0 });
+    const stem = s("line", { class: "wbe-stem" });
     const head = s("path", { class: "wbe-head" });
     const digit = s("text", { class: "wbe-digit" });
     const kind = s("text", { class: "wbe-kind" });
     const extra = s("text", { class: "wbe-extra" });
     const tip = s("title");
-    const node = s("g", { class: "wbe-mark", tabindex: 0, role: "slider", "aria-orientation": "horizontal", "data-testid": `handle-${i}` }, tip, hit, stem, head, digit, kind, extra);
+    const node = s("g", { class: "wbe-mark", tabindex: 0, role: "slider", "aria-orientation": "horizontal", "data-testid": `handle-${i}` }, tip, hit, head, digit, kind, extra);
     node.addEventListener("pointerdown", (event) => {
       event.preventDefault();
       const wasOn = node.matches(":focus"); // a first click only selects
@@ -343,7 +344,7 @@ function render({ model, el }) {
       held += 1;
       gesture += 1;
       lastKey = { name: "", time: 0 };
-      const begin = { x: event.clientX, level: local.levels[i] };
+      const begin = { x: event.clientX, level: local.levels[i], isBelow: event.clientY > head.getBoundingClientRect().top + 17 };
       let moved = false;
       const drag = (e) => {
         if (!moved && Math.abs(e.clientX - begin.x) < 3) return;
@@ -352,12 +353,11 @@ function render({ model, el }) {
         move(i, levelAt(across(begin.level) + (e.clientX - begin.x) / scale));
       };
       node.addEventListener("pointermove", drag);
-      node.addEventListener("lostpointercapture", (e) => {
+      node.addEventListener("lostpointercapture", () => {
         node.removeEventListener("pointermove", drag);
         held -= 1;
         if (!moved && wasOn && local.steps[i]) {
-          const below = e.clientY > head.getBoundingClientRect().top + 17;
-          if (below) toggle(i);
+          if (begin.isBelow) toggle(i);
           else nextOrder(i);
         }
         settle();
@@ -379,6 +379,7 @@ function render({ model, el }) {
       event.preventDefault();
     });
     marksBox.append(node);
+    stems.append(stem);
     return { node, hit, stem, head, digit, kind, extra, tip };
   }
 
@@ -407,14 +408,17 @@ function render({ model, el }) {
     strip.setAttribute("height", height);
     strip.setAttribute("viewBox", `0 0 ${width} ${height}`);
     marks.forEach((mark, i) => {
-      mark.node.style.display = i < count ? "" : "none";
+      mark.node.style.display = mark.stem.style.display = i < count ? "" : "none";
       if (i >= count) return;
       const [x, y] = [across(local.levels[i]), top - LANE * rows[i]];
       const step = local.steps[i];
       mark.node.setAttribute("transform", `translate(${x},0)`);
       mark.node.setAttribute("class", `wbe-mark${i === selected ? " wbe-on" : ""}${step ? "" : " wbe-end"}`);
       mark.hit.setAttribute("y", y);
-      mark.hit.setAttribute("height", ground - y + 6);
+      mark.hit.setAttribute("height", LANE);
+      mark.stem.setAttribute("class", `wbe-stem${i === selected ? " wbe-on" : ""}`);
+      mark.stem.setAttribute("x1", x);
+      mark.stem.setAttribute("x2", x);
       mark.stem.setAttribute("y1", y + LANE - 6);
       mark.stem.setAttribute("y2", ground + 5);
       const r = HEAD / 2 - 1;
@@ -463,7 +467,7 @@ function render({ model, el }) {
       }
     });
     const bottom = ground + 17 * rowsBelow.length + 10;
-    for (const tick of niceTicks(low, high, Math.max(Math.round(width / 110), 3))) {
+    for (const tick of niceTicks(low, high, Math.round(width / 70))) {
       nodes.push(s("line", { class: "wbe-tick", x1: across(tick), x2: across(tick), y1: bottom, y2: bottom + 5 }), s("text", { x: across(tick), y: bottom + 17, "text-anchor": "middle" }, signed(tick, 0)));
     }
     nodes.push(s("text", { x: 0, y: bottom + 17 }, "log-SNR"));
@@ -575,7 +579,7 @@ function render({ model, el }) {
 
   const table = h("table", { class: "wbe-table", "data-testid": "table" });
   const curve = s("svg", { class: "wbe-curve", height: 230, role: "img", "data-testid": "curve" });
-  const curveTitle = h("div", { class: "wbe-help" }, `${spec.curve}, ${spec.is_image ? "RMS of the state" : "RMS"}`);
+  const curveTitle = h("div", { class: "wbe-help wbe-over" }, `${spec.curve}, ${spec.is_image ? "RMS of the state" : "RMS"}`);
 
   function swatch(arm) {
     const svg = s("svg", { class: "wbe-swatch", viewBox: "0 0 22 10", "aria-hidden": "true" }, s("line", { class: `wbe-line wbe-${arm}`, x1: 0, x2: 22, y1: 5, y2: 5 }));
@@ -615,7 +619,7 @@ function render({ model, el }) {
     const [y0, y1] = [Math.min(...values) / 1.5, Math.max(...values) * 1.5];
     const X = (x) => x == null ? full - 20 : box.left + ((x - low) / (high - low)) * (box.right - box.left);
     const Y = (y) => box.bottom - (Math.log(y / y0) / Math.log(y1 / y0)) * (box.bottom - box.top);
-    for (const t of logTicks(y0, y1)) curve.append(s("line", { class: "wbe-gridline", x1: box.left, x2: full, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 5, y: Y(t) + 4, "text-anchor": "end" }, short(t, 2)));
+    for (const t of logTicks(y0, y1)) curve.append(s("line", { class: "wbe-gridline", x1: box.left, x2: full, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 5, y: Y(t) + 4, "text-anchor": "end" }, t < 1e-3 ? t.toExponential(0).replace("-", "−") : short(t)));
     for (const t of niceTicks(low, high, 5)) curve.append(s("text", { x: X(t), y: box.bottom + 16, "text-anchor": "middle" }, signed(t, 0)));
     curve.append(s("text", { x: full - 20, y: box.bottom + 16, "text-anchor": "middle" }, "data"), s("text", { x: (box.left + box.right) / 2, y: height - 4, "text-anchor": "middle" }, "log-SNR"));
     for (const [arm, line] of lines.reverse()) { // yours on top

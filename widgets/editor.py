@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -45,7 +45,7 @@ from workbench.plan import (
 from workbench.problems.denoising import FINALS, SPACINGS, Denoising, Point, grid, noisiest
 from workbench.quality import drift
 from workbench.rng import Rng
-from workbench.search.solver import exact_flow
+from workbench.search.solver import exact_flow, run_plans
 
 HERE = Path(__file__).parent
 MAX_STEPS = 40
@@ -102,7 +102,7 @@ class Flow:
     NODE, SUBSTEPS, FAR = 0.2, 10, 10.0
 
     def __init__(self, problem: Denoising, start: Tensor) -> None:
-        self.problem, schedule = problem, problem.schedule
+        self.problem, self.start, schedule = problem, start, problem.schedule
         first = noisiest(schedule)
         try:
             last = schedule.at(schedule.t_at(self.FAR))
@@ -147,7 +147,7 @@ class Flow:
 
 
 class ScheduleEditor:
-    """Live editor of a solver schedule on one problem. Use `schedule_editor(...)`; as a cell's last line it shows itself.
+    """Live editor of a solver schedule. Use `schedule_editor(...)`; as a cell's last line it shows itself.
 
     plan: the schedule now; answers: {"yours", "preset", "best"}: Answer, as far as they are known; view, frames: what
     the front end draws. With WORKBENCH_HEADLESS set in the environment there is no worker: changes run at once and
@@ -166,8 +166,7 @@ class ScheduleEditor:
         self._ends = noisiest(schedule), schedule.at(schedule.cleanest)
         if best is not None:
             self._fits(best)
-        # a law that can be drawn from and no pictures: a closed form, whose flow can be solved
-        self.has_flow = problem.data is not None and problem.images is None and self.guidance == 1
+        self.has_flow = _has_flow(problem)
         self._memo = Memo(256_000_000)
         self._shared = problem.wrapped(self._watched).wrapped(self._memo.wrap)
         self._fresh = False  # whether a network was evaluated since the last look
@@ -280,14 +279,14 @@ class ScheduleEditor:
         self._move(replace(self.setting, plan=Plan(times, decisions, plan.end)))
 
     def compare(self, **fields: Any) -> None:
-        """Another preset, spacing, final or seed to compare with. Raises ValueError where there is none of that name."""
+        """Another preset, spacing, final or seed to compare with. Raises ValueError where there is none such."""
         setting = replace(self.setting, **fields)
         self._preset_plan(setting.preset, setting.spacing, setting.final, setting.plan.evaluations)
         self._move(setting)
 
     def use(self, preset: str | None = None, spacing: str | None = None, final: str | None = None,
             n_steps: int | None = None) -> None:
-        """Start from a preset: by default the one compared with, at as many evaluations. Raises ValueError as `compare`."""
+        """Start from a preset, by default the one compared with at as many evaluations. Raises as `compare`."""
         now = self.setting
         setting = replace(now, preset=preset or now.preset, spacing=spacing or now.spacing, final=final or now.final)
         n = now.plan.evaluations if n_steps is None else n_steps
@@ -551,7 +550,7 @@ class ScheduleEditor:
         if self.has_flow:
             self._tell("solving the exact flow")
             start = self.problem.start(Rng(seed, self.n_samples))
-            if self._flow is None or not torch.equal(self._flow._states[0], start):
+            if self._flow is None or not torch.equal(self._flow.start, start):
                 self._flow = Flow(self.problem, start)
             self._flow.solve(stop)
         elif seed not in self._reference:
@@ -723,6 +722,37 @@ def schedule_editor(problem: Denoising, n_steps: int = 8, preset: str = "dpmpp_2
     return ScheduleEditor(problem, n_steps, preset, best, seed, n_samples, spacing, final)
 
 
+def errors_on_seeds(problem: Denoising, plans: Mapping[str, Plan], seeds: Iterable[int], n_samples: int
+                    ) -> dict[str, list[Quality]]:
+    """The errors that the editor shows at the end of each plan, on each seed: {name: [Quality per seed]}.
+
+    Distances from the exact flow where the problem's law is known in closed form, else of pictures from the problem's
+    reference run, from the same noise. Costs the sum of the plans' evaluations and one reference per seed.
+    """
+    guidance = float(problem.preset.get("guidance", 1.0))
+    found: dict[str, list[Quality]] = {name: [] for name in plans}
+    for seed in seeds:
+        noise, labels = problem.start(Rng(seed, n_samples)), problem.labels(n_samples)
+        answers = run_plans(problem, list(plans.values()), noise, labels=labels, guidance=guidance, max_rows=512)
+        if _has_flow(problem):
+            flow = Flow(problem, noise)
+            flow.solve(lambda: False)
+            truths = [flow.at(plan.grid(problem.schedule)[-1]) for plan in plans.values()]
+        else:
+            method, knobs = problem.reference
+            truths = [workbench.run(method, problem, seed, n_samples, **knobs).answer] * len(plans)
+            if problem.images:
+                answers, truths = ([problem.images(a).double() / 255 for a in some] for some in (answers, truths))
+        for name, answer, truth in zip(plans, answers, truths, strict=True):
+            found[name].append(drift(answer, truth))
+    return found
+
+
+def _has_flow(problem: Denoising) -> bool:
+    """Whether the law can be drawn from and is no pictures: a closed form, whose flow can be solved."""
+    return problem.data is not None and problem.images is None and problem.preset.get("guidance", 1.0) == 1
+
+
 _LINE = Plan((1.0,), (Decision(),))  # stands in while the other settings are checked
 
 
@@ -743,7 +773,8 @@ def _with(decision: Decision, name: str, value: Any, step: int) -> Decision:
         if decision.corrector == "none":
             raise ValueError(f"correction_order={value!r}: there is no corrector, expected one first")
         _whole("correction_order", value, 2, MAX_ORDER + 1)
-        return replace(decision, correction=Expansion(value, relaxation=correction.relaxation if value == 2 else "none"))
+        kind = correction.relaxation if value == 2 else "none"
+        return replace(decision, correction=Expansion(value, relaxation=kind))
     if name == "corrector" and value != "none" and decision.corrector == "none":
         order = min(terms.order + 1, step + 2, MEMORY + 1)
         return replace(decision, corrector=value, correction=Expansion(order))

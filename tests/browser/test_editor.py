@@ -55,7 +55,7 @@ def test_a_mark_moves_by_mouse_and_by_key_and_samples_and_errors_follow(show: ob
     panel = show("schedule_editor(two_dim(), n_steps=6, n_samples=100)")
     mark, error = panel.get_by_test_id("handle-3"), panel.locator("[data-arm=yours]")
     expect(mark).to_have_attribute("aria-label", "step 4 of 6")
-    expect(mark).to_have_attribute("aria-valuetext", re.compile(r"log-SNR −0\.23, noise 1\.26 times the signal; order 2"))
+    expect(mark).to_have_attribute("aria-valuetext", re.compile(r"log-SNR −0\.23, noise 1\.26 times .*; order 2"))
     assert not is_blank(panel.get_by_test_id("samples")) and not is_blank(panel.get_by_test_id("curve"))
     before, was, old = picture(panel), level(mark), error.inner_text()
     drag(page, mark, 70)
@@ -146,8 +146,8 @@ def test_a_bad_level_is_shown_with_what_is_allowed_and_pictures_are_drawn(show: 
     field = panel.get_by_test_id("level")
     field.fill("40")
     field.press("Enter")
-    expect(panel.get_by_test_id("error")).to_contain_text(re.compile("log_snr=40 of mark 3: expected .* to .*neighbours"),
-                                                          timeout=SOON)
+    why = re.compile("log_snr=40 of mark 3: expected .* to .*neighbours")
+    expect(panel.get_by_test_id("error")).to_contain_text(why, timeout=SOON)
     before = picture(panel)
     field.fill("-3")
     field.press("Enter")
@@ -185,6 +185,6 @@ def test_nothing_overflows_in_either_theme_at_narrow_widths(show: object, page: 
                                   ".map(node => node.outerHTML.slice(0, 80))")
             assert over == [], (theme, width)
             beyond = panel.get_by_test_id("strip").evaluate(
-                "svg => [...svg.querySelectorAll('.wbe-mark, text')].filter(node => node.getBoundingClientRect().width &&"
-                " node.getBoundingClientRect().right > svg.getBoundingClientRect().right + 2).length")
+                "svg => [...svg.querySelectorAll('.wbe-mark, text')].filter(node => node.getBoundingClientRect().width"
+                " && node.getBoundingClientRect().right > svg.getBoundingClientRect().right + 2).length")
             assert beyond == 0, (theme, width)

@@ -12,7 +12,7 @@ import torch
 from explorer_toy import Toy
 
 import workbench
-from widgets.editor import ARMS, Flow, _options, schedule_editor
+from widgets.editor import ARMS, Flow, _options, errors_on_seeds, schedule_editor
 from workbench.methods.denoising.usf import run_plan
 from workbench.plan import PRESETS, Decision, Expansion, Plan, preset_plan
 from workbench.problems.denoising import SPACINGS, ContinuousVP, grid, noisiest
@@ -146,7 +146,7 @@ def test_every_option_offered_is_taken_and_every_one_refused_is_refused_with_its
                 assert bool(why) == bool(notice), (i, name, value, why, notice)
                 seen[bool(why)] += 1
     assert seen[True] > 10 and seen[False] > 50
-    reasons = {v: why for v, why in _options(start.decisions, True)[1]["order"]}
+    reasons = dict(_options(start.decisions, True)[1]["order"])
     assert reasons[1] == reasons[2] == "" and reasons[3] == "step 2 has 1 earlier evaluation to look back on"
     assert "into the data" in _options(start.decisions, True)[4]["order"][1][1]
 
@@ -243,7 +243,7 @@ def test_a_found_plan_stands_beside_yours(headless: None) -> None:
     assert e.plan == best and e.view["arms"]["preset"]["steps"] == 7
     with pytest.raises(ValueError, match="this schedule has"):
         schedule_editor(problem, best=Plan((7.0,), (Decision(),)))
-    with pytest.raises(ValueError, match="best='plan.json': expected a Plan"):
+    with pytest.raises(ValueError, match=r"best='plan\.json': expected a Plan"):
         schedule_editor(problem, best="plan.json")
 
 
@@ -330,3 +330,15 @@ def test_one_widget_serves_every_display_and_takes_wishes() -> None:
 def test_guided_labels_on_the_plane_are_compared_with_the_guided_reference(headless: None) -> None:
     e = schedule_editor(two_dim(has_labels=True), n_steps=4, n_samples=8)
     assert e.has_flow and e.answers["yours"].error.value > 0
+
+
+@pytest.mark.parametrize("problem", [two_modes(), Toy().problem], ids=["flow", "reference"])
+def test_errors_on_seeds_are_those_that_the_editor_shows(headless: None, problem: object) -> None:
+    plans = {name: preset_plan(name, grid(problem.schedule, 4, "log_snr")) for name in ("ddim", "unipc_bh2")}
+    found = errors_on_seeds(problem, plans, (0, 5), 6)
+    for k, seed in enumerate((0, 5)):
+        e = schedule_editor(problem, n_samples=6, seed=seed)
+        for name, plan in plans.items():
+            e.load(plan)
+            assert found[name][k].value == pytest.approx(e.answers["yours"].error.value, rel=1e-4)
+    assert found["ddim"][0].value != pytest.approx(found["ddim"][1].value, rel=1e-3)
