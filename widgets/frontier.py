@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#999933")
 MARKERS = ("o", "^", "D", "v", "P", "X", "<", "p")
 COSTS = {"flops": "FLOPs per sample", "evaluations": "evaluations per sample"}
-_LOOK = {"legend_position": "best", "fontsize": {"title": 11, "labels": 10, "legend": 8.5}}
+_LOOK = {"fontsize": {"title": 11, "labels": 10, "legend": 8.5}, "legend_limit": 1000}
+MANY = 3  # more entries than these have their key beside the axes, not within
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Figure:
             axes.set_aspect("auto")  # HoloViews' own aspect goes wrong with a logarithmic axis
             axes.set_box_aspect(0.65)
             axes.grid(alpha=0.25)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_formatter("")  # logarithmic axes would name their minor ticks over ours
         out = io.BytesIO()
         figure.savefig(out, format=form, dpi=dpi, bbox_inches="tight", facecolor="white")
         return out.getvalue()
@@ -94,7 +97,7 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
     low, high = min(costs) / 1.3, max(costs) * 1.3
     overlay = hv.Overlay(layers).opts(
         hv.opts.Overlay(logx=True, title=title or f"{m.label} against cost", fig_inches=7, xlim=(low, high),
-                        xticks=_log_ticks(low, high), **_LOOK,
+                        xticks=_log_ticks(low, high), **_LOOK, legend_position="best",
                         **(_log_axis("y", [p.value for p in [*points, *rivals]]) if log_y else {})))
     return Figure(overlay, pd.DataFrame(rows))
 
@@ -136,10 +139,13 @@ def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_
                 hv.ErrorBars(table, x, [y, "stderr"]).opts(edgecolor=look["color"], linewidth=1.2, capsize=2),
                 hv.Scatter(table, x, y, label=name).opts(**look),
             ]
-        scales = {k: v for i, axis in enumerate("xy") if axis in log
-                   for k, v in _log_axis(axis, [row[i] for row in drawn]).items()}
+        spans = {axis: [row[i] for row in drawn] for i, axis in enumerate("xy")}
+        if guides and drawn:
+            spans["x"].append(1.6 * max(spans["x"]))  # room for their names
+        scales = {k: v for axis in log for k, v in _log_axis(axis, spans[axis]).items()}
         title = "\n".join(textwrap.wrap(heading, 38)) if published else heading  # two stand side by side
-        return hv.Overlay(layers).opts(hv.opts.Overlay(title=title, fig_inches=5, padding=0.06, **_LOOK, **scales))
+        return hv.Overlay(layers).opts(hv.opts.Overlay(title=title, fig_inches=5, padding=0.06, **_LOOK, **scales,
+                                                       legend_position=_key_place(len(data) - len(guides))))
 
     figure = overlay(series, y_label, title or f"{y_label} against {x_label}")
     if published:
@@ -163,6 +169,10 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
 
 def _marked(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "s": 45}
+
+
+def _key_place(n_entries: int) -> str:
+    return "right" if n_entries > MANY else "best"
 
 
 def _log_axis(axis: str, values: Sequence[float]) -> dict[str, Any]:

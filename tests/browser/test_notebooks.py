@@ -29,7 +29,7 @@ def test_a_notebook_lives_in_jupyterlab(source: Path, page: Page, lab: Lab, traf
     open_notebook(page, source.name)
     run_all(page, seconds=300)
 
-    panel = page.locator("[data-testid=explorer], [data-testid=editor]").first
+    panel = page.locator("[data-testid=explorer], [data-testid=schedule-editor]").first
     panel.scroll_into_view_if_needed()
     canvas = panel.get_by_test_id("samples")
     expect(panel.get_by_test_id("title")).to_contain_text("steps", timeout=SOON)

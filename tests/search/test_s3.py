@@ -22,13 +22,14 @@ import workbench.search.s3 as in_module
 import workbench.search.solver as batch_module
 from workbench.methods.denoising.usf import plan_step, run_plan
 from workbench.plan import Decision, Plan, preset_plan
-from workbench.problems.denoising import ContinuousVP, DiscreteSchedule, power_grid
+from workbench.problems.denoising import ContinuousVP, DiscreteSchedule, grid, power_grid
 from workbench.problems.glyphs import glyphs
 from workbench.problems.mixtures import two_dim, two_modes
+from workbench.quality import drift
 from workbench.rng import Rng
-from workbench.run import Cancelled
+from workbench.run import Cancelled, run
 from workbench.search.s3 import STRATEGIES, Ranking, Space, confirmed, plan_of, search
-from workbench.search.solver import FlowError, Judged, exact_flow, run_plans
+from workbench.search.solver import Drift, FlowError, Judged, exact_flow, run_plans
 
 NOISE = torch.from_numpy(STARTS)[:, None]
 PROBLEM = two_modes()
@@ -118,6 +119,29 @@ def test_fitness_is_the_error_of_the_plan():
             FITNESS([Plan(times, (Decision(),) * len(times), end)])
 
 
+def test_drift_is_the_distance_from_many_steps():
+    problem = two_dim(has_labels=True)
+    plans = [preset_plan("dpmpp_2m", grid(problem.schedule, n, "trailing")) for n in (6, 50)]
+    found, none = Drift(problem, 24, seed=3, guidance=2.0)(plans)
+    few, many = (run("dpmpp_2m", problem, 3, 24, n_steps=n, guidance=2.0).answer for n in (6, 50))
+    assert found == pytest.approx(drift(few, many).value, rel=1e-9) and none == 0
+    unguided = Drift(problem, 24, seed=3)
+    assert unguided([plans[0]])[0] != pytest.approx(found, rel=0.01)
+    assert (unguided.rows, Drift(problem, 24, seed=3, guidance=2.0).rows) == (24, 48)
+
+
+def test_many_plans_of_large_states_are_not_one_batch(monkeypatch):
+    seen, right = [], batch_module._together
+    monkeypatch.setattr(batch_module, "_together",
+                        lambda p, plans, *rest: seen.append(len(plans)) or right(p, plans, *rest))
+    plans = drawn(SPACE, 10)
+    run_plans(PROBLEM, plans, torch.zeros((32768, 1), dtype=torch.float64))
+    assert max(seen) == 2 and sum(seen) == len(plans)
+    seen.clear()
+    run_plans(PROBLEM, plans, torch.zeros((70000, 1), dtype=torch.float64))
+    assert set(seen) == {1}
+
+
 # ---- the space -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("end", [None, "cleanest", "before"])
@@ -139,6 +163,20 @@ def test_every_plan_of_the_space_costs_the_same_and_is_valid(schedule, end):
             assert {d.corrector for d in every} == {"none", "pseudo", "implicit"} and {d.start for d in every} >= {0, 1}
             assert {len({*d.expansion.points}) for d in every} == {0, 1, 2}
             assert len({p.times for p in plans}) > 100
+
+
+@pytest.mark.parametrize("schedule", [ContinuousVP(), DiscreteSchedule.linear()], ids=["continuous", "table"])
+def test_a_free_start_is_searched(schedule):
+    space = Space(schedule, 6, end=schedule.cleanest, is_start_free=True)
+    leading = preset_plan("dpmpp_2m", grid(schedule, 6, "leading", "cleanest"))
+    noisiest = schedule.times(1, "trailing")[0]
+    assert leading in space.seeds() and leading not in Space(schedule, 6, end=schedule.cleanest).seeds()
+    plans = drawn(space, 100)
+    begins = [plan.times[0] for plan in plans]
+    assert all(plan.evaluations == 6 for plan in plans) and max(begins) <= noisiest
+    assert noisiest in begins and sum(begin < 0.99 * noisiest for begin in begins) > 100
+    still = replace(space, change=0.0, resize=0.0)
+    assert still.mutate(leading, random.Random(0)).times == pytest.approx(leading.times, abs=1e-6)
 
 
 def test_mutation_and_crossover_of_nothing_is_nothing():

@@ -160,6 +160,22 @@ class History:
             self._size += len(line) + 1
 
 
+def read_history(path: str | os.PathLike[str]) -> list[Entry]:
+    """The entries of a history's file, first to last, to look at; a last line cut short is left out.
+
+    Raises OSError where there is no file and ValueError where a line is damaged.
+    """
+    content = Path(path).read_bytes()
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    found = []
+    for i, line in enumerate(lines[1:], 2):
+        try:
+            found.append(_parsed(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {i}: damaged ({error})") from None
+    return found
+
+
 def _line(entry: Entry) -> bytes:
     fields = asdict(entry)
     if math.isinf(entry.fitness):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from workbench.methods.denoising._march import MEMORY
 from workbench.plan import CORRECTORS, MAX_ORDER, PREDICTIONS, RELAXATIONS, Decision, Expansion, Plan, preset_plan
-from workbench.problems.denoising import Point, Schedule, power_grid
+from workbench.problems.denoising import Point, Schedule, grid, power_grid
 from workbench.run import Cancelled
 from workbench.search._history import Entry, History, Score
 from workbench.search.solver import Fitness
@@ -30,13 +30,15 @@ from workbench.search.solver import Fitness
 STRATEGIES = ("s3", "evolution", "random")
 ORDER_WEIGHTS = (0.2, 0.4, 0.3, 0.1)  # of orders 1 to 4, as the authors' released search draws them
 SEEDS = ("ddim", "dpmpp_2m", "dpmpp_3m_taylor", "deis_2", "deis_3", "unipc_bh2")
-GRIDS = (("log_rho", 1.0), ("rho", 7.0), ("t", 2.0))
+GRIDS = (("log_rho", 1.0), ("rho", 7.0), ("t", 2.0), ("t", 1.0))
 
 
 @dataclass(frozen=True)
 class Space:
     """All plans of exactly n_evaluations evaluations from the schedule's noisiest level to `end` (None: the data).
 
+    is_start_free: whether the first step may also start from a cleaner level, as on the grid "leading"; the noise is
+    taken for a state there, which it nearly is as long as hardly any signal is left.
     The other fields are the probabilities and widths of a mutation, as the authors' released search has them: a change
     of each field of each decision, of the number of steps, time_sigma in log-SNR, slope_sigma of the linear relaxation.
     Raises ValueError where n_evaluations is less than 1.
@@ -45,6 +47,7 @@ class Space:
     schedule: Schedule
     n_evaluations: int
     end: float | None = None
+    is_start_free: bool = False
     change: float = 0.3
     resize: float = 0.2
     time_sigma: float = 0.2
@@ -62,14 +65,18 @@ class Space:
 
     def seeds(self) -> list[Plan]:
         """Known solvers on known grids."""
-        return [preset_plan(name, self._grid(*how, self.n_evaluations)) for name in SEEDS for how in GRIDS]
+        grids = [self._grid(*how, self.n_evaluations) for how in GRIDS]
+        if self.is_start_free and self.end in (None, self.schedule.cleanest):
+            grids.append(grid(self.schedule, self.n_evaluations, "leading", "zero" if self.end is None else "cleanest"))
+        return [preset_plan(name, points) for name in SEEDS for points in grids]
 
     def sample(self, source: random.Random) -> Plan:
         """A plan at random: a grid of random power with random shifts, and random decisions."""
         points = self._grid(source.choice(("t", "rho", "log_rho")), source.uniform(1, 7), self.n_evaluations)
-        inner = [p.log_snr for p in points[1:] if p.sigma > 0 and p.t != self.end]
+        first, *inner = [p.log_snr for p in points if p.sigma > 0 and p.t != self.end]
         gap = (self.ends[1].log_snr - self.ends[0].log_snr) / self.n_evaluations
-        levels = [l + source.gauss(0, 0.2 * gap) for l in inner]
+        inner = [l + source.gauss(0, 0.2 * gap) for l in inner]
+        levels = [source.uniform(first, first + gap) if self.is_start_free else first, *inner]
         return self._made(levels, [self._decision(source) for _ in range(self.n_evaluations)], source)
 
     def mutate(self, plan: Plan, source: random.Random) -> Plan:
@@ -80,7 +87,9 @@ class Space:
             self._insert(levels, decisions, source)
         elif chance > 1 - self.resize:
             self._remove(levels, decisions, source)
-        levels = [l + source.gauss(0, self.time_sigma) if source.random() < self.change else l for l in levels]
+        fixed = 0 if self.is_start_free else 1
+        levels[fixed:] = [l + source.gauss(0, self.time_sigma) if source.random() < self.change else l
+                          for l in levels[fixed:]]
         for i, decision in enumerate(decisions):
             fresh = self._decision(source)
             fields = [f for f in ("prediction", "expansion", "start", "corrector") if source.random() < self.change]
@@ -107,7 +116,7 @@ class Space:
     def features(self, plan: Plan) -> Tensor:
         """What the ranking sees of a plan: (n_evaluations, n_features), one row per step, unused rows 0."""
         low, high = (p.log_snr for p in self.ends)
-        places = [(l - low) / (high - low) for l in (low, *self._levels(plan), high)]
+        places = [(l - low) / (high - low) for l in (*self._levels(plan), high)]
         rows = torch.zeros((self.n_evaluations, 8 + MAX_ORDER + len(RELAXATIONS) + len(CORRECTORS)))
         for i, d in enumerate(plan.decisions):
             terms = d.expansion
@@ -129,8 +138,8 @@ class Space:
         return [*whole, self.ends[1]]
 
     def _levels(self, plan: Plan) -> list[float]:
-        """The log-SNR of the starts of all steps but the first."""
-        return [self.schedule.at(t).log_snr for t in plan.times[1:]]
+        """The log-SNR of the starts of all steps."""
+        return [self.schedule.at(t).log_snr for t in plan.times]
 
     def _decision(self, source: random.Random) -> Decision:
         order = source.choices(range(1, MAX_ORDER + 1), ORDER_WEIGHTS)[0]
@@ -145,14 +154,14 @@ class Space:
 
     def _insert(self, levels: list[float], decisions: list[Decision], source: random.Random) -> None:
         level = source.uniform(*(p.log_snr for p in self.ends))
-        place = sum(l < level for l in levels)
+        place = max(sum(l < level for l in levels), 1)
         levels.insert(place, level)
-        decisions.insert(place + 1, self._decision(source))
+        decisions.insert(place, self._decision(source))
 
     def _remove(self, levels: list[float], decisions: list[Decision], source: random.Random) -> None:
-        if levels:
-            place = source.randrange(len(levels))
-            del levels[place], decisions[place + 1]
+        if len(levels) > 1:
+            place = source.randrange(1, len(levels))
+            del levels[place], decisions[place]
 
     def _made(self, levels: list[float], decisions: list[Decision], source: random.Random) -> Plan:
         """The valid plan of the right cost that is nearest to what was drawn."""
@@ -169,19 +178,19 @@ class Space:
             else:
                 i = source.choice([i for i, d in enumerate(decisions[:-1]) if d.corrector == "implicit"])
                 decisions[i] = replace(decisions[i], corrector="pseudo")
-        times = [self.ends[0].t, *self._spread(levels)]
+        times = self._spread(levels if self.is_start_free else [self.ends[0].log_snr, *levels[1:]])
         fitted = [_fitted(d, i, is_last=i == len(decisions) - 1, to_data=self.end is None)
                   for i, d in enumerate(decisions)]
         return Plan(tuple(times), tuple(fitted), self.end)
 
     def _spread(self, levels: list[float]) -> list[float]:
-        """Times of the levels in order, at least a thousandth of the range from each other and from both ends."""
+        """Times of the levels in order, at least a thousandth of the range from each other and from the end."""
         low, high = (p.log_snr for p in self.ends)
         gap, n = (high - low) / 1000, len(levels)
-        least, out = low, []
+        least, out = low - gap, []
         for i, level in enumerate(sorted(levels)):
             least = min(max(level, least + gap), high - (n - i) * gap)
-            out.append(self.schedule.t_at(least))
+            out.append(self.ends[0].t if least <= low else self.schedule.t_at(least))
         return out
 
 

@@ -131,7 +131,8 @@ def run_plans(problem: Denoising, plans: Sequence[Plan], noise: Tensor, *, label
     """The answers (n_plans, n, *shape) of many plans from the same noise (n, *shape), by the problem's best model.
 
     Plans of equal length advance together, one batch of rows per step, at most max_rows at once (default: as many as
-    have 65536 numbers), but at least one plan. As `run_plan` for each, up to rounding. Raises ValueError where a plan does not fit the problem's schedule.
+    have 65536 numbers), but at least one plan. As `run_plan` for each, up to rounding. Raises ValueError where a plan
+    does not fit the problem's schedule.
     """
     out = noise.new_empty((len(plans), *noise.shape))
     lengths: dict[int, list[int]] = {}
