@@ -46,6 +46,12 @@ def expect_picture_changes(panel: Locator, old: str) -> None:
         "old => document.querySelector('[data-testid=samples]').toDataURL() !== old", arg=old, timeout=SOON)
 
 
+def click(mark: Locator, below: float) -> None:
+    """Click a mark's head, so many pixels below its top."""
+    head = mark.locator(".wbe-head").bounding_box()
+    mark.page.mouse.click(head["x"] + head["width"] / 2, head["y"] + below)
+
+
 def level(mark: Locator) -> float:
     return float(mark.get_attribute("aria-valuenow"))
 
@@ -86,10 +92,9 @@ def test_orders_and_predictions_are_chosen_by_key_click_and_menu_and_refused_wit
     mark.press("4")
     expect(reason).to_contain_text("order 4: step 3 has 2 earlier evaluations to look back on")
     expect(mark).to_have_attribute("aria-valuetext", re.compile("order 3, eps"))
-    head = mark.locator(".wbe-head").bounding_box()
-    page.mouse.click(head["x"] + head["width"] / 2, head["y"] + 8)  # again on the selected mark: the next order
+    click(mark, 8)  # again on the selected mark: the next order
     expect(mark).to_have_attribute("aria-valuetext", re.compile("order 1, eps"), timeout=SOON)
-    page.mouse.click(head["x"] + head["width"] / 2, head["y"] + 23)
+    click(mark, 23)  # on its letter: the other prediction
     expect(mark).to_have_attribute("aria-valuetext", re.compile("order 1, x0"), timeout=SOON)
     panel.get_by_test_id("step-order").select_option("2")
     expect(mark).to_have_attribute("aria-valuetext", re.compile("order 2, x0"), timeout=SOON)
