@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from workbench.zoo.pipeline import GlyphPipeline
 
 WEIGHTS: Path = Path(__file__).resolve().parent / "weights"
+PLANS: Path = Path(__file__).resolve().parent / "plans"  # solver schedules that a search found, with their card
 SIZES = ("s", "b", "l")
 
 __all__ = [
     "CLASSES",
+    "PLANS",
     "SIZES",
     "WEIGHTS",
     "GlyphClassifier",
