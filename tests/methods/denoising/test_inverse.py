@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from toys import PLANE, plane
 
-from workbench.methods.denoising.inverse import COLOURS, guided_by, known_grey, known_part, mixture_classifier
+import workbench.methods.denoising.inverse as in_module
+from workbench import run
+from workbench.methods.denoising.inverse import (
+    COLOURS,
+    guided_by,
+    known_grey,
+    known_part,
+    left_part,
+    mixture_classifier,
+    pictures,
+)
 from workbench.methods.denoising.score_sde import SDES, Condition, levels, pc_sample, sde_path
 from workbench.problems.denoising import PREDICTIONS, ContinuousVE, ContinuousVP, Denoiser, DiscreteSchedule
 from workbench.problems.digits import digits
@@ -124,6 +135,81 @@ def test_inpainting_a_gaussian_draws_its_posterior():
     with pytest.raises(AssertionError):
         assert_posterior()
     assert chain_moments(1.2, 5000)[0] == pytest.approx(0.0498, abs=1e-3)  # of .26
+
+
+# ---- inpainting as a method ------------------------------------------------------------------------------------------
+
+CORRECTED = {"sde": "ve", "sigma_max": 10.0, "n_steps": 60, "n_corrector": 10, "snr": 0.1}
+
+
+def assert_joint_law(**knobs):
+    """The known half follows the data's law, so right answers have its covariances: here of 2000 pairs."""
+    problem, law = pairs(20)
+    problem = replace(problem, data=law.sample, judge=lambda answer, labels: {})
+    made = run("inpaint", problem, 0, 100, **(CORRECTED | knobs)).answer
+    found = torch.cov(torch.stack((made[:, :20].flatten(), made[:, 20:].flatten())))
+    torch.testing.assert_close(found, torch.tensor(COVARIANCE, dtype=torch.float64), rtol=0, atol=4 * 0.5 / 2000**0.5)
+    assert made.reshape(-1, 2, 20).mean((0, 2)).tolist() == pytest.approx(MEANS, abs=4 * (0.5 / 2000) ** 0.5)
+
+
+def test_inpainting_with_corrections_keeps_the_joint_law(monkeypatch):
+    assert_joint_law()
+    with pytest.raises(AssertionError):
+        assert_joint_law(corrector="none")
+    monkeypatch.setattr(in_module, "known_part", never_again)
+    with pytest.raises(AssertionError):
+        assert_joint_law()
+
+
+def assert_is_the_sampler_with_its_condition(problem, given):
+    """The method against `pc_sample` under `known_part`, both from the same streams."""
+    knobs = {"sde": "ve", "n_steps": 4, "sigma_max": 20.0}
+    made = run("inpaint", problem, 5, 3, known=0.4, **knobs).answer
+    mask = torch.zeros(problem.shape)
+    mask[..., : int(0.4 * problem.shape[-1])] = 1
+    rng = Rng(5, 3)
+    if problem.data is None:  # the free run comes first and takes its noise from the same streams
+        *_, free = pc_sample(problem, rng, n_corrections=1, **knobs)
+        assert torch.equal(free.state, given)
+    *_, last = pc_sample(problem, rng, n_corrections=1, condition=known_part(given, mask), **knobs)
+    assert torch.equal(made, last.state)
+
+
+@pytest.mark.parametrize("has_data", [True, False])
+def test_the_method_is_the_sampler_with_its_condition(has_data, monkeypatch):
+    problem = digits() if has_data else replace(digits(), data=None)
+    given = pictures(problem, Rng(5, 3))
+    if given is None:
+        given = answer(problem, 3, seed=5, n_corrections=1, sde="ve", n_steps=4, sigma_max=20.0)
+    assert_is_the_sampler_with_its_condition(problem, given)
+    monkeypatch.setattr(in_module, "left_part", lambda shape, known: 1 - left_part(shape, known))
+    with pytest.raises(AssertionError):
+        assert_is_the_sampler_with_its_condition(problem, given)
+
+
+def test_the_given_pictures_are_each_samples_own():
+    problem = digits()
+    five = pictures(problem, Rng(3, 5))
+    assert torch.equal(pictures(problem, Rng(3, 2, first=3)), five[3:])
+    assert not torch.equal(pictures(problem, Rng(4, 5)), five)
+    assert len({tuple(row.flatten().tolist()) for row in five}) == 5
+    held_out = problem.data(2000, 0).flatten(1)
+    assert all(bool((held_out == row).all(1).any()) for row in five.flatten(1))
+    assert pictures(replace(problem, dtype=torch.float32), Rng(3, 5)).dtype == torch.float32
+    assert pictures(replace(problem, data=None), Rng(3, 5)) is None
+
+
+@pytest.mark.parametrize(("shape", "known", "columns"), [((8, 8), 0.5, 4), ((3, 6), 0.49, 2), ((10,), 0.3, 3),
+                                                          ((1,), 0.5, 0), ((1,), 1.0, 1), ((2, 4, 6), 0.0, 0)])
+def test_the_left_part(shape, known, columns):
+    mask = left_part(shape, known)
+    assert mask.shape == shape and bool(mask[..., :columns].all()) and not bool(mask[..., columns:].any())
+
+
+def test_inpainting_costs_a_free_run_more_where_there_is_no_data():
+    spent = [run("inpaint", problem, 0, 2, n_steps=5, n_corrector=2).cost.total_evaluations
+             for problem in (digits(), replace(digits(), data=None))]
+    assert spent == [2 * 5 * 3, 2 * 2 * 5 * 3]
 
 
 # ---- colours ---------------------------------------------------------------------------------------------------------

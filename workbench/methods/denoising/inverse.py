@@ -1,19 +1,43 @@
 """Inverse problems without training: samples of the data given a part of it, its grey values or its class.
 
-Each function makes a `Condition` for `pc_sample`, which then draws from the data's law under it.
+Each function makes a `Condition` for `pc_sample`, which then draws from the data's law under it. Of them `inpaint` is a
+method, for a problem can bring the known part by itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from workbench.methods.denoising.score_sde import Condition, Noise
-from workbench.problems.denoising import Point
+from workbench.knob import Knob
+from workbench.method import Step, method
+from workbench.methods.denoising.ddim import Guidance, Steps, Which
+from workbench.methods.denoising.score_sde import (
+    Condition,
+    Corrections,
+    Corrector,
+    Denoise,
+    End,
+    Length,
+    Noise,
+    Predictor,
+    SdeName,
+    SigmaMax,
+    Snr,
+    corrections,
+    nfe,  # noqa: F401 (in the cost formula)
+    pc_sample,
+)
+from workbench.problems.denoising import Denoising, Point
 from workbench.problems.mixtures import Mixture
+from workbench.rng import Rng
+
+Known = Annotated[float, Knob(low=0.0, high=1.0, step=0.05, unit="of the width",
+                              help="known part: this share of a state's last axis, from its first entry on")]
 
 # Columns of an orthonormal basis of colours; the first, along (1, 1, 1), carries the grey value.
 COLOURS = torch.tensor([[1 / math.sqrt(3), 1 / math.sqrt(2), 1 / math.sqrt(6)],
@@ -44,6 +68,54 @@ def known_part(data: Tensor, mask: Tensor) -> Condition:
         return torch.where(known, at.alpha * data + at.sigma * noise(), x)
 
     return Condition(impose=impose)
+
+
+def left_part(shape: Sequence[int], known: float) -> Tensor:
+    """The mask (*shape) of `inpaint`: 1 on the first floor(known * width) entries of the last axis, 0 elsewhere."""
+    mask = torch.zeros(tuple(shape))
+    mask[..., : math.floor(known * shape[-1] + 1e-9)] = 1
+    return mask
+
+
+def pictures(problem: Denoising, rng: Rng) -> Tensor | None:
+    """What a run of `inpaint` is given: n_samples draws of the problem's true law (n_samples, *shape), or None.
+
+    Sample i's is fixed by (seed, i), whatever the batch. None where the problem cannot draw from its law.
+    """
+    if problem.data is None:
+        return None
+    seeds = ((rng.seed * 1_000_003 + rng.first + i) % 2**32 for i in range(rng.n_samples))
+    return torch.cat([problem.data(1, seed) for seed in seeds]).to(problem.device, problem.dtype)
+
+
+@method(version=1, source="Score SDE, arXiv 2011.13456, sec. 5 and app. I.2")
+def inpaint(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, known: Known = 0.5, sde: SdeName = "vp",
+            predictor: Predictor = "reverse_diffusion", corrector: Corrector = "langevin", n_corrector: Corrections = 1,
+            snr: Snr = 0.16, length: Length = "norms", denoise: Denoise = True, t_end: End = 1e-3,
+            sigma_max: SigmaMax = 50.0, guidance: Guidance = 1.0, model: Which = "best") -> Iterator[Step]:
+    """Inpainting: the left part of each state is given, the rest is drawn by predictor and corrector.
+
+    State (n_samples, *problem.shape) on the SDE's own scale. The given states are `pictures(problem, rng)`, draws of
+    the true law, so that right answers follow that law too; a problem that has none gives states that the same sampler
+    has drawn before, unconditionally, at the same price again. What is known of them is `left_part`, and it is imposed
+    as `known_part` says. Its answer is exact in the known part only: the corrector decides how near the rest comes to
+    the posterior, so it is on by default. Knobs otherwise as in `score_sde`.
+    Cost: at most ``2 * nfe(n_steps, predictor, corrector, n_corrector) * branches`` evaluations per sample, where
+    branches is 2 with guidance and 1 without; half of that where the problem has data.
+    Raises ValueError as `score_sde` does.
+    """
+    asked = problem.models[-1 if model == "best" else 0]
+
+    def drawn(condition: Condition | None) -> Iterator[Step]:
+        return pc_sample(problem, rng, n_steps=n_steps, sde=sde, predictor=predictor,
+                         n_corrections=corrections(corrector, n_corrector), snr=snr, length=length, denoise=denoise,
+                         t_end=t_end, sigma_max=sigma_max, guidance=guidance, model=asked, condition=condition)
+
+    given = pictures(problem, rng)
+    if given is None:
+        *_, last = drawn(None)
+        given = last.state
+    yield from drawn(known_part(given, left_part(problem.shape, known).to(problem.device)))
 
 
 def known_grey(grey: Tensor) -> Condition:
