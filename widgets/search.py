@@ -45,8 +45,8 @@ class SearchPanel(ipywidgets.VBox):
         self.is_finished = False
         self._stopping, self._thread, self._drawn = threading.Event(), None, 0.0
 
-        self._go = ipywidgets.Button(icon="play", button_style="primary", tooltip="Start the search, or go on with it")
-        self._halt = ipywidgets.Button(description="Stop", icon="stop",
+        self._go = ipywidgets.Button(button_style="primary", tooltip="Start the search, or go on with it")
+        self._halt = ipywidgets.Button(description="Stop",
                                        tooltip="Stop after the candidate at hand; what is known stays")
         self._bar = ipywidgets.IntProgress(min=0, max=n_candidates, layout={"width": "260px"},
                                            tooltip="Candidates evaluated")

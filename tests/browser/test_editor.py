@@ -50,6 +50,12 @@ def level(mark: Locator) -> float:
     return float(mark.get_attribute("aria-valuenow"))
 
 
+def value(log_snr: float) -> re.Pattern[str]:
+    """aria-valuenow of that level, to the rounding of its last shown digit."""
+    near = {str(round(log_snr + k * 1e-4, 4)).rstrip("0").rstrip(".") for k in (-1, 0, 1)}
+    return re.compile(f"^({'|'.join(map(re.escape, sorted(near)))})0*$")
+
+
 def test_a_mark_moves_by_mouse_and_by_key_and_samples_and_errors_follow(show: object, page: Page, traffic: Traffic
                                                                         ) -> None:
     panel = show("schedule_editor(two_dim(), n_steps=6, n_samples=100)")
@@ -66,12 +72,18 @@ def test_a_mark_moves_by_mouse_and_by_key_and_samples_and_errors_follow(show: ob
     dragged = level(mark)
     mark.press("ArrowLeft")
     mark.press("Shift+ArrowLeft")
-    expect(mark).to_have_attribute("aria-valuenow", re.compile(re.escape(f"{dragged - 0.06:.3f}"[:5])))
+    expect(mark).to_have_attribute("aria-valuenow", value(dragged - 0.06))
     mark.press("End")  # as far as its neighbour allows
-    assert level(mark) == pytest.approx(level(panel.get_by_test_id("handle-4")) - 0.02, abs=1e-3)
+    expect(mark).to_have_attribute("aria-valuenow", value(level(panel.get_by_test_id("handle-4")) - 0.02))
+    for _ in range(3):  # keys pressed one soon after the other are one step back; a slow machine presses them apart
+        if level(mark) == dragged:
+            break
+        now = mark.get_attribute("aria-valuenow")
+        panel.get_by_test_id("undo").click()
+        expect(mark).not_to_have_attribute("aria-valuenow", now, timeout=SOON)
+    assert level(mark) == pytest.approx(dragged, abs=1e-3)
     panel.get_by_test_id("undo").click()
-    panel.get_by_test_id("undo").click()
-    expect(mark).to_have_attribute("aria-valuenow", str(round(was, 4)), timeout=SOON)  # the whole drag was one step
+    expect(mark).to_have_attribute("aria-valuenow", value(was), timeout=SOON)  # the whole drag was one step
     assert_local(traffic)
 
 
