@@ -38,7 +38,7 @@ def draw(draft_probs: ArrayLike, n: int, drafting: str, uniform: Uniform) -> lis
     if not (np.isfinite(total) and total > 0 and (probs >= 0).all()):
         raise ValueError(f"draft_probs sums to {total} with least {probs.min(initial=0)}: expected a law")
     if drafting == "iid":
-        return _inverse(probs, uniform(n))
+        return inverse(probs, uniform(n))
     if drafting == "top":
         return most_likely(probs, n)
     if drafting == "without":
@@ -52,7 +52,7 @@ def draw(draft_probs: ArrayLike, n: int, drafting: str, uniform: Uniform) -> lis
     top = most_likely(probs, n - 1)
     rest = probs.copy()
     rest[top] = 0.0
-    return [*top, *_inverse(rest, uniform(1))] if rest.any() else top
+    return [*top, *inverse(rest, uniform(1))] if rest.any() else top
 
 
 def most_likely(probs: np.ndarray, n: int) -> list[int]:
@@ -68,7 +68,7 @@ def most_likely(probs: np.ndarray, n: int) -> list[int]:
     return candidates[np.argsort(-probs[candidates], kind="stable")[:n]].tolist()
 
 
-def _inverse(weights: np.ndarray, uniforms: np.ndarray) -> list[int]:
+def inverse(weights: np.ndarray, uniforms: np.ndarray) -> list[int]:
     """One token per uniform, by inverting the cumulated weights (V,), which are not all zero."""
     cumulated = np.cumsum(weights)
     tokens = np.searchsorted(cumulated, np.asarray(uniforms) * cumulated[-1], side="right")
@@ -85,7 +85,7 @@ def warp(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1
     first. A logit of -inf is a token ruled out. In top_p equal logits at the edge go by id, higher ids staying.
     O(V) a row, O(V log V) with top_p or typical_p.
     Raises ValueError where a logit is NaN or +inf, a row has no finite one, or a setting is out of range.
-    Sources: transformers 5 (logits processors); top_p: arXiv 1904.09751; typical_p: arXiv 2202.00666, section 4.
+    Sources: transformers 5 (logits processors); top_p: arXiv 1904.09751; typical_p: arXiv 2202.00666.
     """
     for name, value, fits, allowed in (
         ("temperature", temperature, 0 <= temperature < np.inf, "0 or more"),

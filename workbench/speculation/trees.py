@@ -5,7 +5,7 @@ n_nodes + 1 positions in one pass. Acceptance by rank: a_k is the probability th
 accepted, given that the node was; the a_k of one node are disjoint events, so their sum is at most 1. With one such law
 at every node a tree T yields, per target pass,
     F(T) = 1 + sum over drafted nodes v of the product of a_rank along the path to v,
-the 1 being the token that the target gives in any case (arXiv 2402.12374, section 3.1).
+the 1 being the token that the target gives in any case (arXiv 2402.12374).
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def k_chains(n_chains: int, length: int) -> Shape:
 
 
 def widths(expansion: Sequence[int]) -> Shape:
-    """Each node of level i has expansion[i] children: SpecInfer's fixed expansion (arXiv 2305.09781, section 3).
+    """Each node of level i has expansion[i] children: SpecInfer's fixed expansion (arXiv 2305.09781).
 
     n_nodes = k_1 + k_1 k_2 + ... Raises ValueError where a width is below 1.
     """
@@ -161,7 +161,7 @@ def sequoia(rank_acceptance: ArrayLike, n_nodes: int, max_depth: int | None = No
     rank_acceptance (n_ranks,), in the order in which children are tried; no node gets more than n_ranks children.
     Cost: n_nodes numpy operations over (depth, rank, split), a few ms at 64 nodes.
     Raises ValueError where so few ranks and levels cannot hold n_nodes.
-    Source: Sequoia, arXiv 2402.12374, section 3.1 (dynamic programme over subtree sizes, and its depth-limited form).
+    Source: Sequoia, arXiv 2402.12374 (dynamic programme over subtree sizes, and its depth-limited form).
     """
     a = _acceptance(rank_acceptance)
     _at_least(n_nodes, 0, "n_nodes")
@@ -186,7 +186,7 @@ def best_tree(rank_acceptance: ArrayLike, target_seconds: Callable[[int], float]
     Drafting nothing takes part: where no tree pays, the answer is the empty one, and the target's own speed.
     Cost: sequoia's once; with a function for draft_seconds also one reconstruction per size and depth (.05 ms each).
     Raises ValueError where a limit is below 1 or a time is not positive.
-    Source: arXiv 2402.12374, section 3.3 (hardware-aware tree).
+    Source: Sequoia, arXiv 2402.12374 (hardware-aware choice of size and depth).
     """
     a = _acceptance(rank_acceptance)
     _at_least(max_nodes, 1, "max_nodes")
@@ -264,7 +264,7 @@ class ConfidenceTree:
     kept. The authors' code has top_k 10, depth 7 and total_token 60, where depth counts the passes after the first and
     total_token counts the context's last token: here ConfidenceTree(10, 8, 59).
     Ties go to the shallower node, then to the parent ranked higher, then to the lower token id.
-    Source: EAGLE-2, arXiv 2406.16858, sections 4.1 (expansion) and 4.2 (reranking).
+    Source: EAGLE-2, arXiv 2406.16858 (expansion, then reranking).
     """
 
     def __init__(self, top_k: int, depth: int, n_nodes: int) -> None:
