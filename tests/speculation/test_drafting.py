@@ -271,7 +271,9 @@ def test_warp_takes_any_shape_and_type_and_leaves_its_input():
     np.testing.assert_allclose(whole.sum(-1), 1, atol=1e-14)
 
 
-def test_temperature_zero_and_its_limit():
+def test_temperature_zero_and_other_limits():
+    assert np.array_equal(warp([0.0, 1.0, 0.5], top_p=1e-20), [0, 1, 0])
+    assert np.array_equal(warp([0.0, 1.0, 0.5], top_k=1), [0, 1, 0])
     logits = np.array([[0.0, 2.0, 2.0, -np.inf], [5.0, 1.0, 4.999, 0.0]])
     assert np.array_equal(warp(logits, 0.0, 2, 0.5, 0.5), [[0, 1, 0, 0], [1, 0, 0, 0]])
     assert np.array_equal(warp(logits, 1e-320)[1], [1, 0, 0, 0])

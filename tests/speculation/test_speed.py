@@ -10,6 +10,7 @@ import pytest
 from sklearn.isotonic import IsotonicRegression
 
 from workbench.speculation import speed as module
+from workbench.speculation.acceptance import arithmetic_factor, speedup
 from workbench.speculation.speed import CostCurve, measure_curve, predict_speed
 from workbench.speculation.trees import Shape, best_tree, chain, expected_tokens, optimal_length, sequoia, widths
 
@@ -130,6 +131,13 @@ def test_leviathans_forms_reject_a_pass_too_few():
     with pytest.raises(AssertionError):
         assert_chains_are_leviathans(
             lambda tokens, shape, *rest: predict_speed(tokens, chain(shape.n_nodes + 1), *rest))
+
+
+def test_chains_on_a_measured_curve_are_the_formulas_of_acceptance():
+    for alpha, length in itertools.product((0.3, 0.8, 1.0), (0, 2, 9)):
+        predicted = predict_speed(expected_tokens(chain(length), [alpha]), chain(length), CURVE, 0.07, 0.1)
+        assert predicted.speedup == pytest.approx(speedup(alpha, length, 0.07, CURVE), rel=1e-12)
+        assert predicted.arithmetic_factor == pytest.approx(arithmetic_factor(alpha, length, 0.1), rel=1e-12)
 
 
 def test_a_tree_is_charged_for_its_passes():

@@ -428,10 +428,11 @@ def test_the_offer_check_fails_for_broken_values(monkeypatch, broken):
             assert_best_offers_are_kept(grown(*case), *case)
 
 
-def test_what_a_level_returns_names_its_frontier():
-    tree, nodes = ConfidenceTree(3, 4, 12), []
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 2.0])
+def test_what_a_level_returns_names_its_frontier(sharpness):
+    tree, nodes = ConfidenceTree(3, 5, 12), []
     while tree.frontier:
-        nodes += tree.next_level([law(path) for path in tree.frontier])
+        nodes += tree.next_level([law(path, 4, sharpness) for path in tree.frontier])
         at = []
         for i in range(len(nodes)):
             path, node = [], i
@@ -440,15 +441,15 @@ def test_what_a_level_returns_names_its_frontier():
                 node = nodes[node][0]
             at.append(tuple(reversed(path)))
         assert tree.frontier == (at[-3:] if tree.frontier else [])
-    assert len(nodes) == 3 * 3
+    assert len(nodes) == 3 * 4
     with pytest.raises(ValueError, match="after the last level"):
         tree.next_level([])
     parents, tokens = tree.finish()
     assert len(parents) == len(tokens) == 12
+    shape = Shape(parents)
     for node in range(-1, 12):  # children by falling confidence
-        shape = Shape(parents)
         path = tuple(tokens[v] for v in shape.path(node))
-        own = [law(path)[tokens[child]] for child in shape.children(node)]
+        own = [law(path, 4, sharpness)[tokens[child]] for child in shape.children(node)]
         assert own == sorted(own, reverse=True)
 
 
@@ -510,6 +511,7 @@ def test_confidence_stops_where_transformers_stops():
             agree.append(goes_on is not stop)
             inverted.append(goes_on is stop)
         assert all(agree) and not all(inverted)
+        assert ours.goes_on(1, threshold)  # reached is enough
     assert [DraftLength("confidence", 3).goes_on(n, 0.9) for n in (1, 2, 3)] == [True, True, False]
     assert [DraftLength("constant", 3).goes_on(n, 0.0) for n in (1, 2, 3)] == [True, True, False]
 
