@@ -23,6 +23,7 @@ from workbench import METHODS, Cancelled, Knob, Step, Store, inputs, method, run
 from workbench.method import Method
 from workbench.methods.denoising._march import march
 from workbench.methods.denoising.ddim import ddim_step
+from workbench.problems.decoding import markov, random_pair
 from workbench.problems.denoising import grid
 from workbench.problems.digits import digits
 from workbench.problems.glyphs import glyphs
@@ -33,7 +34,10 @@ from workbench.rng import Rng
 FACTORIES: dict[str, list[Callable[[], Any]]] = {
     "denoising": [two_modes, eight_modes, two_dim, functools.partial(two_dim, "pinwheel"),
                   functools.partial(two_dim, has_labels=True), digits, glyphs],
+    "decoding": [markov, random_pair],
 }
+# The knob that says how far a run goes, and whether it takes exactly so many steps or at most so many.
+LENGTHS = {"denoising": "n_steps", "decoding": "n_tokens"}
 
 
 @functools.cache
@@ -55,6 +59,11 @@ def settings(of: Method, name: str) -> list[Any]:
     bound = of.knobs[name]
     values = [*bound.ends(), bound.small, bound.default]
     return [v for i, v in enumerate(values) if v not in values[:i]]
+
+
+def long(of: Method, n: int) -> dict[str, Any]:
+    """Small knobs, but for a run of (at most) n steps."""
+    return small(of, **{LENGTHS[of.family]: n})
 
 
 def steps_of(of: Method, problem: Any, n_samples: int = 2, **knobs: Any) -> list[Step]:
@@ -94,16 +103,19 @@ def check_inputs_are_not_mutated(of, problem):
         seen.extend((t, t.clone()) for t in tensors if t is not None)
 
     def watch(name, network):
-        def watched(x, t, labels):
-            out = network(x, t, labels)
-            keep(x, t, labels, out)
+        def watched(*given):
+            out = network(*given)
+            made = out if isinstance(out, list) else [out]  # a tensor per sequence, of language models
+            keep(*(x for x in (*given, *made) if x is None or isinstance(x, torch.Tensor)))
             return out
 
         return watched
 
     labels = problem.labels(2)
     keep(labels)
-    watched = replace(problem.wrapped(watch), labels=lambda n: labels)
+    watched = problem.wrapped(watch)
+    if labels is not None:
+        watched = replace(watched, labels=lambda n: labels)
     for step in of.function(watched, Rng(0, 2), **small(of)):
         keep(step.state)
     assert seen and all(torch.equal(tensor, copy) for tensor, copy in seen)
@@ -111,8 +123,8 @@ def check_inputs_are_not_mutated(of, problem):
 
 def check_dtype_and_device_are_kept(of, problem):
     for dtype in (problem.dtype, torch.float32):
-        for step in steps_of(of, replace(problem, dtype=dtype)):
-            assert step.state.dtype == dtype and str(step.state.device) == problem.device
+        for step in steps_of(of, asked := replace(problem, dtype=dtype)):
+            assert step.state.dtype == asked.state_dtype and str(step.state.device) == problem.device
             for value in step.info.values():
                 assert not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype
 
@@ -133,7 +145,7 @@ def check_both_ends_of_every_knob_run(of, problem):
                 assert problem is not problems(of.family)[0], error
                 assert str(error).startswith(tuple(f"{k}={v!r}" for k, v in tried.items())), error
                 continue
-            assert answer.shape == (1, *problem.shape)
+            assert answer.shape == steps_of(of, problem, 1, **tried)[-1].state.shape and len(answer) == 1
 
 
 def check_wrong_knobs_are_named(of, problem):
@@ -185,19 +197,24 @@ def check_cost_is_the_docstrings_formula(of, problem):
         except ValueError as error:  # knobs that exclude each other, and say so
             assert any(name in str(error) for name in of.knobs)
             continue
-        branches = problem.branches(given.knobs.get("guidance", 1.0))
-        spent, formula = made.cost.total_evaluations, 3 * of.evaluations(given.knobs, branches)
+        spent, formula = made.cost.total_evaluations, 3 * of.evaluations(given.knobs, problem.sizes(given.knobs))
         assert 0 < spent <= formula if of.is_bound else spent == formula
 
 
 def check_there_is_a_step_per_step(of, problem):
     for n_steps in (1, 5):
-        steps = steps_of(of, problem, n_steps=n_steps)
+        steps = steps_of(of, problem, **{LENGTHS[of.family]: n_steps})
         assert 0 < len(steps) <= n_steps if of.is_bound else len(steps) == n_steps
         n_steps = len(steps)
-        assert all(s.state.shape == (2, *problem.shape) for s in steps)
+        assert len({s.state.shape for s in steps}) == 1 and len(steps[0].state) == 2
         assert [s.info["i"] for s in steps] == list(range(n_steps))
-        assert all(s.info["x0"].shape == s.state.shape for s in steps)
+        if of.family == "denoising":
+            assert all(s.info["x0"].shape == s.state.shape == (2, *problem.shape) for s in steps)
+        else:  # every sequence that goes on gets at least one token of each pass, and each token is told once
+            told = torch.tensor([sum(len(s.info["blocks"][row].tokens) for s in steps if row in s.info["blocks"])
+                                 for row in range(2)])
+            assert torch.equal((steps[-1].state[..., 0] >= 0).sum(1), told)
+            assert all(block.tokens for s in steps for block in s.info["blocks"].values())
         assert len({s.state.data_ptr() for s in steps}) == n_steps  # a step that is kept is not overwritten by the next
 
 
@@ -208,10 +225,10 @@ def check_a_cancelled_run_stops_within_a_step_and_leaves_nothing(of, problem, fo
         return lambda *rows: calls.append(name) or network(*rows)
 
     watched = problem.wrapped(watch)
-    list(islice(of.function(watched, Rng(0, 1), **of.check(small(of, n_steps=9))), 2))
+    list(islice(of.function(watched, Rng(0, 1), **of.check(long(of, 9))), 2))
     two_steps, calls = len(calls), []  # more than one call per step, of some methods
     with pytest.raises(Cancelled):
-        run(of, watched, n_samples=1, on_step=seen.append, stop=lambda: len(seen) == 2, **small(of, n_steps=9))
+        run(of, watched, n_samples=1, on_step=seen.append, stop=lambda: len(seen) == 2, **long(of, 9))
     assert len(seen) == 2 and len(calls) == two_steps
     store = Store(folder)
     wanted = [inputs(of, problem, n_samples=1, **small(of))]
@@ -222,7 +239,7 @@ def check_a_cancelled_run_stops_within_a_step_and_leaves_nothing(of, problem, fo
 
 def check_it_is_documented(of, _):
     text = inspect.getdoc(of.function) or ""
-    for what in (r"\(n_samples", r"Cost: (at most )?``.+``", r"Raises \w+"):
+    for what in (r"\(n_samples", r"Cost:\s+(at\s+most\s+)?``.+``", r"Raises \w+"):
         assert re.search(what, text), what
     assert re.search(r"arXiv \d{4}\.\d{4,5}|doi", of.source), of.source
     assert of.version >= 1 and len(of.summary) > 20

@@ -91,7 +91,7 @@ def test_registration_reads_the_signature(register):
     assert {k: b.kind for k, b in made.knobs.items()} == {"n_things": int, "shares": tuple}
     assert made.check({}) == {"n_things": 3, "shares": (0.5,)}
     assert made.check({"shares": 1}) == {"n_things": 3, "shares": (1.0,)}
-    assert made.evaluations({"n_things": 5}, branches=2) == 15
+    assert made.evaluations({"n_things": 5}, {"branches": 2}) == 15
     assert "| `example` | example | Summary. | `n_things`, `shares` |" in methods_table()
 
 
@@ -128,4 +128,4 @@ def test_a_formula_cannot_reach_builtins(register):
         """Cost: ``__import__('os').getpid()`` evaluations per sample."""
 
     with pytest.raises(NameError):
-        register(sly).evaluations({}, 1)
+        register(sly).evaluations({}, {"branches": 1})

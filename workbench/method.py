@@ -30,8 +30,9 @@ class Method:
     """A registered method.
 
     exact is the claim that its output law equals the reference's. cost is the formula of its docstring: evaluations per
-    sample, in terms of its knobs, `branches` (2 where guidance evaluates two branches, else 1) and functions of its
-    module. Where the docstring says "at most", what is spent depends on the data (adaptive steps).
+    sample, in terms of its knobs, functions of its module and the problem's `sizes`: `branches` (2 where guidance
+    evaluates two branches, else 1) in the denoising family, `n_prompt` in the decoding family. Where the docstring says
+    "at most", what is spent depends on the data.
     """
 
     name: str
@@ -55,14 +56,14 @@ class Method:
                 raise TypeError(f"{self.name} has no knob {name!r}{_near(name, self.knobs)}")
         return {name: bound.check(knobs.get(name, bound.default)) for name, bound in self.knobs.items()}
 
-    def evaluations(self, knobs: Mapping[str, Any], branches: int) -> int:
-        """Evaluations per sample by the docstring's formula."""
+    def evaluations(self, knobs: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+        """Evaluations per sample by the docstring's formula; sizes: what `problem.sizes(knobs)` gives."""
         names = {**self.function.__globals__, "__builtins__": {}, "max": max, "min": min}
-        return int(eval(self.cost, names, {**knobs, "branches": branches}))
+        return int(eval(self.cost, names, {**knobs, **sizes}))
 
 
 METHODS: dict[str, Method] = {}
-_COST = re.compile(r"Cost: (at most )?``(.+?)`` evaluations per sample")
+_COST = re.compile(r"Cost:\s+(at most\s+)?``(.+?)``\s+evaluations\s+per\s+sample", re.DOTALL)
 
 
 def method(*, version: int, source: str, exact: bool = False) -> Callable[[Callable[..., Iterator[Step]]], Method]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,3 +36,8 @@ class Rng:
         for row, stream in zip(out, self._streams, strict=True):
             row.normal_(generator=stream)
         return out.to(device)
+
+    def uniforms(self, sample: int) -> Callable[[int], np.ndarray]:
+        """uniform(n) -> (n,) float64 numbers in [0, 1) from one sample's own stream."""
+        stream = self._streams[sample]
+        return lambda n: torch.rand(n, generator=stream, dtype=torch.float64).numpy()

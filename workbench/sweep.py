@@ -222,7 +222,8 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
     """The runs of `wanted`, in order, on one problem; those already in `store` are read, new ones are put there.
 
     Up to at_once runs advance together, in batches of up to max_rows rows. Costs in each Run are those of that run
-    on its own. on_run(run) is called as runs end. Raises Cancelled once stop() is true: runs that ended stay stored;
+    on its own. Problems whose models remember (language models) share nothing: their runs follow each other.
+    on_run(run) is called as runs end. Raises Cancelled once stop() is true: runs that ended stay stored;
     and the first error of a run, after the others have ended.
     """
     memo = memo if memo is not None else Memo()
@@ -247,6 +248,12 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
         except BaseException as error:  # raised again below, in the caller's thread
             failed.append(error)
 
+    if problem.remembers:  # nothing can be shared, so one after the other
+        for item in todo.values():
+            job(item, problem)
+            if failed:
+                raise failed[0]
+        return [done[item.key] for item in wanted]
     for chunk in _chunks(list(todo.values()), at_once):
         rendezvous = _Rendezvous(memo, max_rows)
         shared = replace(problem.wrapped(rendezvous.wrap), judge=rendezvous.send(problem.judge))

@@ -342,6 +342,12 @@ class Denoising:
     code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
     data: Callable[[int, int], Tensor] | None = None
     is_latent: bool = False
+    remembers = False  # a network's output follows from its arguments alone: runs can share evaluations
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of a method's states."""
+        return self.dtype
 
     def start(self, rng: Rng) -> Tensor:
         """The noise that a run starts from: (n_samples, *shape), standard normal."""
@@ -350,6 +356,10 @@ class Denoising:
     def branches(self, guidance: float = 1.0) -> int:
         """Network rows per sample and evaluation: 2 under classifier-free guidance, else 1."""
         return 2 if guidance != 1 and self.labels(1) is not None else 1
+
+    def sizes(self, knobs: Mapping[str, Any]) -> dict[str, int]:
+        """What cost formulas may name beside the knobs: branches."""
+        return {"branches": self.branches(knobs.get("guidance", 1.0))}
 
     def wrapped(self, wrap: Callable[[str, Network], Network]) -> Denoising:
         """This problem with each network replaced by wrap(model name, network)."""

@@ -1,0 +1,214 @@
+"""The decoding family: next-token models, a target and cheaper drafts, and the judge of what is written with them.
+
+An evaluation is one token position through one model; a call is one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.quality import Quality
+from workbench.speculation.drafting import draw
+from workbench.speculation.engine import Ask, LanguageModel, Network, Warp
+from workbench.speculation.rules import RULES
+
+if TYPE_CHECKING:
+    from workbench.run import Inputs
+
+FIRST = 0  # the token that closed-form problems start from
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A decoding problem: a target, drafts cheapest first, prompts, and the judge of what is written.
+
+    Answers are (n_samples, n_tokens, 2) integers: the token, and the number of the target pass that it came of, from 0;
+    both are -1 after a sequence's end. Of the tokens of one pass the last is the target's own, the others are accepted
+    drafts. prompts(n) -> n lists of n_prompt token ids; sample i's never depends on n.
+    judge(answer, None) -> {metric: Quality}. positions(draft name) -> the logits (m, V) of target and draft at the same
+    m contexts, as the target writes them: what acceptance is measured on. text(tokens) -> what a person reads.
+    flops: {model: per position}. end: the token that ends a sequence, or None.
+    """
+
+    name: str
+    digest: str
+    target: LanguageModel
+    drafts: tuple[LanguageModel, ...]
+    prompts: Callable[[int], list[list[int]]]
+    n_prompt: int
+    judge: Callable[[Tensor, Tensor | None], dict[str, Quality]]
+    positions: Callable[[str], tuple[Tensor, Tensor]]
+    text: Callable[[Sequence[int]], str]
+    flops: Mapping[str, float]
+    reference: tuple[str, Mapping[str, Any]] = ("autoregressive", {})
+    baseline: tuple[str, Mapping[str, Any]] = ("speculative", {})
+    end: int | None = None
+    dtype: torch.dtype = torch.float32  # of the logits
+    device: str = "cpu"
+    preset: Mapping[str, Any] = field(default_factory=dict)  # knob values that suit this problem
+    source: str = ""  # Python lines that build this problem under the name `problem`
+    code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
+    images: None = None
+    remembers = True  # a model's answer depends on what its session was given before: passes cannot be shared
+    state_dtype = torch.int64
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        """Cheapest first; the target is the last."""
+        return (*self.drafts, self.target)
+
+    def draft(self, which: str) -> LanguageModel:
+        """The draft that a method's knob names: "best" is the largest, "cheapest" the smallest."""
+        return self.drafts[-1 if which == "best" else 0]
+
+    def labels(self, n: int) -> None:
+        """Samples have no labels."""
+
+    def sizes(self, knobs: Mapping[str, Any]) -> dict[str, int]:
+        """What cost formulas may name beside the knobs: n_prompt, tokens of a prompt."""
+        return {"n_prompt": self.n_prompt}
+
+    def wrapped(self, wrap: Callable[[str, Network], Network]) -> Decoding:
+        """This problem with each network replaced by wrap(model name, network)."""
+        made = [replace(m, network=wrap(m.name, m.network)) for m in self.models]
+        return replace(self, target=made[-1], drafts=tuple(made[:-1]))
+
+
+def rank_acceptance(problem: Decoding, which: str, law: Warp, n_ranks: int, rule: str = "rrs_without",
+                    n_positions: int = 64, repeats: int = 8) -> tuple[float, ...]:
+    """How often the draft of rank 1..n_ranks at one node is the accepted one, where n_ranks are tried: (n_ranks,).
+
+    Measured at the problem's `positions`, with `repeats` draws of the drafts at each of n_positions, from a fixed seed.
+    This is what Sequoia (arXiv 2402.12374, section 3.1) takes its tree from. Costs no evaluation of a run.
+    """
+    target, draft = (law(part[:n_positions], list) for part in problem.positions(problem.draft(which).name))
+    generator = np.random.default_rng(0)
+    counts, chosen = np.zeros(n_ranks), RULES[rule]
+    for target_probs, draft_probs in zip(target, draft, strict=True):
+        for _ in range(repeats):
+            tokens = draw(draft_probs, n_ranks, chosen.drafting, generator.random)
+            found = chosen.verify(target_probs, draft_probs, tokens, lambda: float(generator.random())).draft
+            if found is not None:
+                counts[found] += 1
+    return tuple((counts / (len(target) * repeats)).tolist())
+
+
+class _Stateless:
+    """The memory of a model that has none."""
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        pass
+
+
+def table_model(name: str, logits: Tensor) -> LanguageModel:
+    """A Markov chain: logits (V, V), row i the next token's logits after token i."""
+
+    def network(tokens: Tensor, ask: Ask) -> list[Tensor]:
+        return [logits[[row[i] for i in asked]] for row, asked in zip(ask.tokens, ask.asked, strict=True)]
+
+    return LanguageModel(name, network, lambda n_rows: _Stateless(), logits.shape[1])
+
+
+def markov(vocab_size: int = 8, divergence: float = 1.0, sharpness: float = 1.5, seed: int = 0) -> Decoding:
+    """A Markov chain and two imitations of it: next-token laws known in closed form, of one token's memory.
+
+    Target logits are sharpness x standard normal; a draft's are the target's with noise of deviation `divergence`
+    (the larger draft) or twice that (the smaller). The smaller costs 1 / 40, the larger 1 / 8 of the target's FLOPs,
+    by decree. Judged by the surprise of what is written and by its law: the total variation distance between pairs of
+    neighbouring tokens and their exact law. Raises ValueError for fewer than 2 tokens, or negative divergence.
+    """
+    if vocab_size != int(vocab_size) or vocab_size < 2:
+        raise ValueError(f"vocab_size={vocab_size!r}: expected a whole number of at least 2")
+    for key, value in (("divergence", divergence), ("sharpness", sharpness)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{key}={value!r}: expected 0 or more")
+    stream = torch.Generator().manual_seed(seed)
+    target, noise, more = (torch.randn(vocab_size, vocab_size, generator=stream, dtype=torch.float64)
+                           for _ in range(3))
+    target = sharpness * target
+    tables = {"tiny": target + 2 * divergence * more, "small": target + divergence * noise, "target": target}
+    return _tabled(f"Markov chain of {vocab_size} tokens, divergence {divergence:g}, sharpness {sharpness:g}", tables,
+                   f"markov-{vocab_size}-{divergence!r}-{sharpness!r}-{seed}",
+                   f"from workbench.problems.decoding import markov\n\nproblem = markov({vocab_size}, {divergence}, "
+                   f"{sharpness}, {seed})")
+
+
+def random_pair(vocab_size: int = 64, divergence: float = 1.0, sharpness: float = 2.0, seed: int = 0) -> Decoding:
+    """One law for every position, and two drafts that miss it: acceptance without any context.
+
+    Arguments and judge as for `markov`; a position does not depend on the one before.
+    """
+    chain, ask = markov(vocab_size, divergence, sharpness, seed), Ask(None, [[FIRST]], [[-1]], [[0]])
+    rows = {m.name: m.network(torch.tensor([FIRST]), ask)[0] for m in chain.models}
+    tables = {name: row.expand(vocab_size, -1) for name, row in rows.items()}
+    return _tabled(f"one law of {vocab_size} tokens, divergence {divergence:g}, sharpness {sharpness:g}", tables,
+                   f"pair-{vocab_size}-{divergence!r}-{sharpness!r}-{seed}",
+                   f"from workbench.problems.decoding import random_pair\n\nproblem = random_pair({vocab_size}, "
+                   f"{divergence}, {sharpness}, {seed})")
+
+
+def _tabled(name: str, tables: Mapping[str, Tensor], digest: str, source: str) -> Decoding:
+    *drafts, target = [table_model(key, table) for key, table in tables.items()]
+    vocab_size = target.vocab_size
+    probs = torch.softmax(tables["target"], dim=1)
+
+    def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
+        return {**efficiency(answer), "surprise": surprise(answer, lambda rows: [
+            probs[[FIRST, *row[:-1]], row].log() for row in rows])}
+
+    @cache
+    def positions(draft: str) -> tuple[Tensor, Tensor]:
+        law = torch.zeros(vocab_size, dtype=torch.float64)
+        law[FIRST] = 1.0
+        visits = torch.zeros(vocab_size, dtype=torch.float64)
+        for _ in range(256):  # the law of the first 256 tokens' contexts, then contexts in that proportion
+            visits, law = visits + law, law @ probs
+        at = torch.searchsorted(visits.cumsum(0), (torch.arange(256, dtype=torch.float64) + 0.5) * (1 - 1e-12))
+        return tables["target"][at], tables[draft][at]
+
+    cost = {"tiny": 1 / 40, "small": 1 / 8, "target": 1.0}
+    flops = {key: 1e6 * share for key, share in cost.items()}
+    return Decoding(name, digest, target, tuple(drafts), lambda n: [[FIRST] for _ in range(n)], 1, judge, positions,
+                    lambda tokens: " ".join(map(str, tokens)), flops, dtype=torch.float64, source=source)
+
+
+def efficiency(answer: Tensor) -> dict[str, Quality]:
+    """{"block_efficiency": tokens per target pass}, of answers (n, n_tokens, 2), with its error over the n samples.
+
+    A ratio of sums: all tokens over all passes; standard error by the delta method.
+    """
+    tokens, passes = (answer[..., 0] >= 0).sum(1).double(), answer[..., 1].max(1).values.double() + 1
+    value, n = float(tokens.sum() / passes.sum()), len(answer)
+    spread = float((tokens - value * passes).std() / passes.mean()) / math.sqrt(n) if n > 1 else math.nan
+    return {"block_efficiency": Quality(value, spread, n)}
+
+
+def surprise(answer: Tensor, log_probs: Callable[[list[list[int]]], Sequence[Tensor]]) -> Quality:
+    """Bits per token by which the target is surprised at what was written, of answers (n, n_tokens, 2).
+
+    log_probs(rows of tokens) -> nats of each token, per row. Mean over samples, with its standard error.
+    """
+    rows = [[int(token) for token in row if token >= 0] for row in answer[..., 0]]
+    bits = torch.tensor([-float(nats.double().mean()) / math.log(2) for nats in log_probs(rows)], dtype=torch.float64)
+    return Quality(float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan,
+                   len(bits))
+
+
+def follow(target: LanguageModel, draft: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The logits (m, V) of both models at every position of these token sequences, the last of each left out."""
+    out = []
+    for model in (target, draft):
+        with torch.no_grad():
+            parts = [model.network(torch.tensor(row[:-1]), Ask(
+                model.begin(1), [row[:-1]], [list(range(-1, len(row) - 2))], [list(range(len(row) - 1))]))[0]
+                for row in map(list, rows)]
+        out.append(torch.cat(parts))
+    return out[0], out[1]

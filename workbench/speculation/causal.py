@@ -1,0 +1,214 @@
+"""Causal language models of transformers as `LanguageModel`s: a tree scored in one pass, caches cut to a path.
+
+Nothing here depends on a model's family: attention is told what to see by a float mask (a boolean one is silently
+misread by eager attention), positions are told by depth, and sliding windows are kept in the mask, over a full cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.speculation.engine import Ask, LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROOM = 256  # positions by which a cache's buffers grow
+
+
+def causal(module: PreTrainedModel, name: str) -> LanguageModel:
+    """A causal model, in evaluation mode, as a LanguageModel. Logits are float32, on the model's device.
+
+    Raises ValueError by name for models whose memory is more than keys and values (state-space and linear-attention
+    layers), whose attention cannot take a mask (flash attention), or that are no decoder-only models.
+    """
+    config = module.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{name}: layers of kind {', '.join(sorted(unknown))} remember more than keys and values: "
+                         f"expected full or sliding attention only")
+    if getattr(module.config, "is_encoder_decoder", False) or not module.can_generate():
+        raise ValueError(f"{name}: {type(module).__name__} is no decoder-only language model")
+    if getattr(config, "_attn_implementation", None) not in (None, "sdpa", "eager"):
+        raise ValueError(f"{name}: attn_implementation={config._attn_implementation!r} takes no tree of tokens: "
+                         f"expected 'sdpa' or 'eager', e.g. model.set_attn_implementation('sdpa')")
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+
+    def network(tokens: Tensor, ask: Ask) -> list[Tensor]:
+        assert isinstance(ask.state, KeyValues)
+        return ask.state.forward(module, tokens, ask)
+
+    return LanguageModel(name, network, lambda n_rows: KeyValues(n_rows, kinds, window),
+                         module.get_output_embeddings().weight.shape[0],
+                         getattr(config, "max_position_embeddings", None), module)
+
+
+class KeyValues:
+    """Keys and values of the tokens kept and of the tree below them, for n_rows rows in one batch.
+
+    Rows keep paths of different lengths, so some columns of the cache are holes of a row, which its mask leaves out.
+    """
+
+    def __init__(self, n_rows: int, kinds: set[str], window: int | None) -> None:
+        self._rows, self._kinds, self._window = n_rows, kinds, window
+        self._cache: Any = None
+        self._kept = np.zeros((n_rows, 0), dtype=bool)  # (row, column): whether it holds a token that was kept
+        self._places = np.zeros((n_rows, 0), dtype=np.int64)  # of each column's token in its sequence
+        self._forget()
+
+    def _forget(self) -> None:
+        n_rows = self._rows
+        self._sees = np.zeros((n_rows, 0, 0), dtype=bool)  # (row, node, node): itself and its ancestors
+        self._depths = np.zeros((n_rows, 0), dtype=np.int64)
+        self._columns: list[list[int]] = [[] for _ in range(n_rows)]  # of each node, counted from the tree's first
+
+    def forward(self, module: Any, tokens: Tensor, ask: Ask) -> list[Tensor]:
+        """One pass over all rows' tokens, padded to one width; logits (n_asked, V) per row."""
+        width = max(map(len, ask.tokens))
+        old = self._sees.shape[1]
+        self._grow(old, width, ask.parents)
+        ids = np.zeros((self._rows, width), dtype=np.int64)
+        for row, given in enumerate(ask.tokens):
+            ids[row, : len(given)] = given
+        lengths = self._kept.sum(1, keepdims=True)
+        positions = lengths + self._depths[:, old:]
+        device = module.device
+        wanted = sorted(set(chain.from_iterable(ask.asked)))
+        with torch.no_grad():
+            out = module(
+                input_ids=torch.from_numpy(ids).to(device), position_ids=torch.from_numpy(positions).to(device),
+                attention_mask=self._masks(old, positions, lengths, module.dtype, device), use_cache=True,
+                past_key_values=self._buffers(), logits_to_keep=torch.tensor(wanted, device=device))
+        logits = out.logits.float()
+        place = {column: i for i, column in enumerate(wanted)}
+        if self._rows == 1:
+            return [logits[0]]
+        return [logits[row, [place[i] for i in asked]] for row, asked in enumerate(ask.asked)]
+
+    def _grow(self, old: int, width: int, parents: Sequence[Sequence[int]]) -> None:
+        sees = np.zeros((self._rows, old + width, old + width), dtype=bool)
+        sees[:, :old, :old] = self._sees
+        depths = np.zeros((self._rows, old + width), dtype=np.int64)
+        depths[:, :old] = self._depths
+        for row, above in enumerate(parents):
+            columns = self._columns[row]
+            for column, parent in enumerate(above, start=old):
+                if parent >= 0:
+                    sees[row, column] = sees[row, columns[parent]]
+                    depths[row, column] = depths[row, columns[parent]] + 1
+                columns.append(column)
+        new = np.arange(old, old + width)
+        sees[:, new, new] = True  # also what only pads: a softmax over nothing would be NaN
+        self._sees, self._depths = sees, depths
+
+    def _masks(self, old: int, positions: np.ndarray, lengths: np.ndarray, dtype: torch.dtype, device: torch.device
+               ) -> Tensor | dict[str, Tensor]:
+        n_new = positions.shape[1]
+        kept = np.broadcast_to(self._kept[:, None], (self._rows, n_new, self._kept.shape[1]))
+        sees = np.concatenate([kept, self._sees[:, old:]], axis=2)
+        if self._kinds == {"full_attention"} and self._window is None:
+            return _float_mask(sees, dtype, device)
+        near = sees
+        if self._window is not None:
+            places = np.concatenate([self._places, lengths + self._depths], axis=1)
+            near = sees & (positions[:, :, None] - places[:, None] < self._window)
+        masks = {"full_attention": sees, "sliding_attention": near}
+        if len(self._kinds) == 1 and "sliding_attention" not in self._kinds:
+            return _float_mask(near, dtype, device)  # such as Mistral: a window, and no kinds of layers
+        return {kind: _float_mask(masks[kind], dtype, device) for kind in self._kinds}
+
+    def _buffers(self) -> Any:
+        if self._cache is None:
+            from transformers import DynamicCache
+
+            self._cache = DynamicCache()
+            self._cache.layer_class_to_replicate = _buffer_class()
+        return self._cache
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep each row's path of nodes, in order; forget all other nodes."""
+        if self._cache is None:
+            return
+        base, longest = self._kept.shape[1], max(map(len, paths))
+        columns = np.zeros((self._rows, longest), dtype=np.int64)
+        kept = np.zeros((self._rows, longest), dtype=bool)
+        for row, path in enumerate(paths):
+            columns[row, : len(path)] = [self._columns[row][node] for node in path]
+            kept[row, : len(path)] = True
+        places = np.cumsum(kept, axis=1) - 1 + self._kept.sum(1, keepdims=True)
+        is_in_place = bool((columns == np.arange(longest))[kept].all())
+        for layer in self._cache.layers:
+            layer.compact(base, longest, None if is_in_place else torch.from_numpy(columns + base))
+        self._kept = np.concatenate([self._kept, kept], axis=1)
+        self._places = np.concatenate([self._places, places], axis=1)
+        self._forget()
+
+
+def _float_mask(sees: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(B, 1, n, columns): 0 where a token is seen, the type's least number where not."""
+    mask = torch.zeros(sees.shape, dtype=dtype)
+    return mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)[:, None].to(device)
+
+
+@functools.cache
+def _buffer_class() -> type:
+    """A cache layer that writes into a buffer with room to spare; the library's own copies all it has each time."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Buffer(DynamicLayer):  # type: ignore[misc]
+        _n = 0
+        _stores: list[Tensor]
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+                   ) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self._stores = [s.new_empty((*s.shape[:2], 0, s.shape[3])) for s in (key_states, value_states)]
+            end = self._n + key_states.shape[2]
+            for i, new in enumerate((key_states, value_states)):
+                store = self._stores[i]
+                if end > store.shape[2]:
+                    bigger = store.new_empty((*store.shape[:2], end + _ROOM, store.shape[3]))
+                    bigger[:, :, : self._n] = store[:, :, : self._n]
+                    self._stores[i] = store = bigger
+                store[:, :, self._n:end] = new
+            self._show(end)
+            return self.keys, self.values
+
+        def _show(self, n: int) -> None:
+            self._n = n
+            self.keys, self.values = (store[:, :, :n] for store in self._stores)
+
+        def get_seq_length(self) -> int:
+            return self._n
+
+        def compact(self, base: int, n: int, columns: Tensor | None) -> None:
+            """Move the columns (B, n) to base and on; keep base + n. None: they are there already."""
+            if columns is not None:
+                rows = torch.arange(len(columns))[:, None]
+                for store in self._stores:
+                    moved = store[rows.to(store.device), :, columns.to(store.device)]  # (B, n, heads, D)
+                    store[:, :, base:base + n] = moved.transpose(1, 2)
+            self._show(base + n)
+
+    return Buffer
+
+
+def flops_per_token(module: Any) -> float:
+    """FLOPs of one token position: 2 per weight of its matrices, embeddings not counted but as the output layer.
+
+    What attention spends on the tokens before it, which grows with their number, is left out.
+    """
+    embedded = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    body = sum(p.numel() for p in module.parameters() if p.ndim >= 2 and id(p) not in embedded)
+    head = module.get_output_embeddings().weight
+    return 2.0 * (body + (head.numel() if id(head) in embedded else 0))
