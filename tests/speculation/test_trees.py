@@ -462,6 +462,8 @@ def test_paths_end_and_ties_keep_ancestors():
     assert all(not shape.children(v) for v in range(shape.n_nodes) if tokens[v] == 0)
     assert confidence_tree(lambda paths: [np.eye(3)[1]] * len(paths), 3, 5, 3) == (chain(3), (1, 1, 1))
     assert confidence_tree(lambda paths: [np.eye(3)[1]] * len(paths), 3, 5, 30) == (chain(5), (1,) * 5)
+    rounded_up = np.array([0.0, 1.00001, 0.0])  # in single precision, say
+    assert confidence_tree(lambda paths: [rounded_up] * len(paths), 3, 5, 3) == (chain(3), (1, 1, 1))
     ended = ConfidenceTree(2, 5, 5)
     ended.next_level([np.array([1.0, 0.0])])
     assert ended.next_level([np.zeros(2)]) == ended.frontier == []
