@@ -15,7 +15,7 @@ from workbench.speculation import drafting as module
 from workbench.speculation.drafting import DRAFTINGS, draw, most_likely, warp
 
 PROBS = np.array([0.45, 0.0, 0.3, 0.2, 0.05])
-N_DRAWS = 20_000
+N_DRAWS = 12_000
 
 
 def tuples(law, n):
