@@ -99,15 +99,15 @@ class KeyValues:
         sees[:, :old, :old] = self._sees
         depths = np.zeros((self._rows, old + width), dtype=np.int64)
         depths[:, :old] = self._depths
+        new = np.arange(old, old + width)
+        sees[:, new, new] = True  # also what only pads: a softmax over nothing would be NaN
         for row, above in enumerate(parents):
             columns = self._columns[row]
             for column, parent in enumerate(above, start=old):
                 if parent >= 0:
-                    sees[row, column] = sees[row, columns[parent]]
+                    sees[row, column] |= sees[row, columns[parent]]
                     depths[row, column] = depths[row, columns[parent]] + 1
                 columns.append(column)
-        new = np.arange(old, old + width)
-        sees[:, new, new] = True  # also what only pads: a softmax over nothing would be NaN
         self._sees, self._depths = sees, depths
 
     def _masks(self, old: int, positions: np.ndarray, lengths: np.ndarray, dtype: torch.dtype, device: torch.device

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -77,8 +78,10 @@ class Session:
         self._state.keep(paths)
 
 
-# logits (n, V) and, where it needs them, the tokens before each -> the laws (n, V) to draw from, float64
-Law = Callable[[Tensor, "Callable[[], list[list[int]]]"], np.ndarray]
+# Of each node: its row, and the tokens before it.
+Contexts = Callable[[], list[tuple[int, list[int]]]]
+# logits (n, V) and, where it needs them, the contexts -> the laws (n, V) to draw from, float64
+Law = Callable[[Tensor, Contexts], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Warp:
     top_p: float = 1.0
     typical_p: float = 1.0
 
-    def __call__(self, logits: Tensor, contexts: Callable[[], list[list[int]]]) -> np.ndarray:
+    def __call__(self, logits: Tensor, contexts: Contexts) -> np.ndarray:
         return warp(logits, self.temperature, self.top_k, self.top_p, self.typical_p)
 
 
@@ -134,18 +137,21 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
     verifier = Session(target, len(prompts))
     drafter = Session(draft, len(prompts)) if draft is not None else None
 
-    def laws(logits: list[Tensor], paths: Callable[[], list[list[int]]]) -> list[np.ndarray]:
-        joined = law(_fitted(torch.cat(logits) if len(logits) > 1 else logits[0], target.vocab_size), paths)
-        return np.split(joined, np.cumsum([len(part) for part in logits])[:-1])
+    def laws(model: LanguageModel, logits: list[Tensor], contexts: Contexts) -> list[np.ndarray]:
+        joined = torch.cat(logits) if len(logits) > 1 else logits[0]
+        if joined.isnan().any():
+            raise ValueError(f"the logits of {model.name} hold NaN")
+        probs = law(_fitted(joined, target.vocab_size), contexts)
+        return np.split(probs, np.cumsum([len(part) for part in logits])[:-1])
 
     while active:
         growers: dict[int, Grower] = {}
         fed, n_passes = [0] * len(prompts), 0
-        if drafter is not None and grow is not None:
+        if draft is not None and drafter is not None and grow is not None:
             room = {row: n_tokens - len(done[row]) - 1 for row in sorted(active)}
             growers = {row: grow(row, uniforms[row]) for row, left in room.items() if left}
             contexts = {row: [*prompts[row], *done[row]] for row in growers} if growers else {}
-            fed, n_passes = _draft(drafter, growers, room, to_draft, laws, contexts)
+            fed, n_passes = _draft(drafter, growers, room, to_draft, partial(laws, draft), contexts)
         trees = [growers[row].finish() if row in growers else Tree() for row in rows]
 
         first = [len(pending) - 1 for pending in to_target]  # the context's place among the nodes of this pass
@@ -156,7 +162,8 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
              for row in rows],
             [list(range(first[row], first[row] + 1 + trees[row].n_nodes)) if going[row] else [] for row in rows])
         below = {row: [*prompts[row], *done[row]] for row in sorted(active)}
-        found = laws(logits, lambda: [before + path for row, before in below.items() for path in _paths(trees[row])])  # noqa: B023
+        found = laws(target, logits, lambda: [(row, before + path) for row, before in below.items()  # noqa: B023
+                                              for path in _paths(trees[row])])  # noqa: B023
 
         blocks: dict[int, Block] = {}
         kept, kept_draft = [list[int]() for _ in rows], [list[int]() for _ in rows]
@@ -196,7 +203,7 @@ def _fitted(logits: Tensor, vocab_size: int) -> Tensor:
 
 
 def _draft(session: Session, growers: dict[int, Grower], room: dict[int, int], pending: Sequence[Sequence[int]],
-           laws: Callable[[list[Tensor], Callable[[], list[list[int]]]], list[np.ndarray]],
+           laws: Callable[[list[Tensor], Contexts], list[np.ndarray]],
            contexts: dict[int, list[int]]) -> tuple[list[int], int]:
     """Grow each row's tree, at most room[row] levels deep; returns how many nodes each row fed, and the passes."""
     rows = range(len(pending))
@@ -210,7 +217,7 @@ def _draft(session: Session, growers: dict[int, Grower], room: dict[int, int], p
     while growing:
         logits = session.extend(tokens, parents, asked)
         n_passes, level = n_passes + 1, level + 1
-        found = laws(logits, lambda: [contexts[row] + path for row in rows for path in wanted.get(row, ())])  # noqa: B023
+        found = laws(logits, lambda: [(row, contexts[row] + path) for row in rows for path in wanted.get(row, ())])  # noqa: B023
         tokens, parents, wanted = [[] for _ in rows], [[] for _ in rows], {}
         for row in sorted(growing):
             chosen = growers[row].next_level(list(found[row]))
