@@ -285,8 +285,10 @@ def block_chance(count, rule=RULES["k_seq"], **how):
     return chisquare(seen.ravel(), count * (CHAIN[0][:, None] * CHAIN).ravel()).pvalue
 
 
-def test_blocks_follow_the_target(remembered):
-    assert block_chance(20_000) > CHANCE
+@pytest.mark.parametrize("name", ["k_seq", "rrs", "importance", "optimal"])
+def test_blocks_follow_the_target(remembered, name):
+    """Also where an output of the residual law that equals a draft goes on with what was drafted below it."""
+    assert block_chance(12_000, RULES[name], n_drafts=min(3, RULES[name].max_drafts or 3)) > CHANCE
 
 
 def shared(rng, n):
@@ -382,6 +384,18 @@ def test_equal_laws_and_certain_laws(name):
             assert verdict.draft == (tokens.index(verdict.token) if verdict.token in tokens else None)
             if laws[0] is laws[1] and name != "top":
                 assert verdict.draft is not None
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_laws_down_to_the_smallest_numbers(name):
+    """As at a low temperature: probabilities over the whole range of float64, most of them tiny."""
+    target, draft = large(100, 0.017, 0.7)
+    assert 0 < draft[draft > 0].min() < 1e-290
+    rng, n = np.random.default_rng(0), N_DRAFTS.get(name, 3)
+    tokens = draw(draft, n, RULES[name].drafting, rng.random)
+    assert target[RULES[name].verify(target, draft, tokens, rng.random).token] > 0
+    bound = optimal(target, draft, n, RULES[name].drafting).acceptance
+    assert 0 <= (RULES[name].acceptance(target, draft, n) or 0) <= bound + 1e-9 <= 1 + 1e-9
 
 
 GOOD = np.array([0.5, 0.5, 0.0])

@@ -25,8 +25,9 @@ from workbench.speculation.drafting import DRAFTINGS, most_likely
 # times 1/6 at most, to where the rest of the integral is below e^-DECAY or the integrand below NEGLIGIBLE.
 T_FIRST, DECAY, NEGLIGIBLE = 1e-3, 27.0, 1e-13
 SPACING = math.log(2) / 3  # of log t; the error of the trapezoid rule for n = 8 is about 1e-11, less for fewer
-SEGMENTS = 256
+SEGMENTS = 512
 CERTAIN = 40.0  # a clock of rate times t above has rung for certain, to 1e-17; keeps the products of odds finite
+IMPOSSIBLE = 1e-200  # without replacement, a token below this draft probability counts as having none
 TOLERANCE = 1e-11  # prefixes that cannot improve the minimum by more are not evaluated
 
 
@@ -63,6 +64,8 @@ def optimal_counts(target_probs: np.ndarray, draft_probs: np.ndarray, counts: Se
         check_count("n_drafts", n)
     if drafting in ("greedy", "top"):
         return [_deterministic(target, draft, n, drafting) for n in counts]
+    if drafting == "without":
+        draft[draft < IMPOSSIBLE] = 0.0
     order = _by_ratio(target, draft)
     p, q = target[order], draft[order]
     if drafting == "iid":
@@ -79,12 +82,11 @@ def optimal_many(target_probs: np.ndarray, draft_probs: np.ndarray, n_drafts: in
     _check_drafting(drafting)
     check_count("n_drafts", n_drafts)
     if drafting != "iid":
-        rows = zip(target, draft, strict=True)
-        return np.array([optimal(p, q, n_drafts, drafting).acceptance for p, q in rows])
-    order = _by_ratio(target, draft)
-    gaps = np.cumsum(np.take_along_axis(target, order, axis=1), axis=1)
-    gaps -= _power(np.cumsum(np.take_along_axis(draft, order, axis=1), axis=1), n_drafts)
-    return np.minimum(1.0, 1.0 + np.minimum(0.0, gaps.min(axis=1)))
+        return np.array([optimal(p, q, n_drafts, drafting).acceptance for p, q in zip(target, draft, strict=True)])
+    found = []
+    for p, q, order in zip(target, draft, _by_ratio(target, draft), strict=True):  # a row at a time fits the cache
+        found.append(min(1.0, 1.0 + _iid(p[order], q[order], (n_drafts,))[0][0]))
+    return np.array(found)
 
 
 def optimal_lp(target_probs: np.ndarray, law: Mapping[frozenset[int] | tuple[int, ...], float]) -> float:
@@ -250,7 +252,7 @@ def _check_cost(name: str, value: float) -> float:
 
 def _by_ratio(target: np.ndarray, draft: np.ndarray) -> np.ndarray:
     """Token ids (..., V) by draft/target, largest first; those without draft probability last."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         return np.argsort(target / draft, axis=-1)  # 0/0 is nan, which sorts last
 
 
@@ -337,7 +339,7 @@ def _race(in_target: np.ndarray, ratio: np.ndarray, q: np.ndarray, counts: Seque
     q = np.concatenate([q, padding])
     in_draft = _after(q)
     ends = np.arange(0, len(q) + 1, length)
-    blocks = q.reshape(n_segments, length).T
+    blocks = np.ascontiguousarray(q.reshape(n_segments, length).T)
 
     nearest = outside[np.minimum(ends[1:], size - 1)]  # the smallest c in each segment, but for all tokens' 0
     base = in_target - 1.0 + _below(outside * T_FIRST)

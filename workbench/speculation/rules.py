@@ -191,6 +191,7 @@ class Contest(NamedTuple):
     law: np.ndarray
 
 
+@np.errstate(over="ignore")  # of target / draft
 def contest(target_probs: np.ndarray, draft_probs: np.ndarray, n: int) -> Contest:
     """Weights (V,) that bring the law of the chosen draft as near to the target as n i.i.d. drafts allow.
 
@@ -298,7 +299,7 @@ def duel(target_probs: np.ndarray, draft_probs: np.ndarray) -> Duel:
     from scipy.optimize import linprog
 
     target, draft = check_probs(target_probs, draft_probs)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         order = np.argsort(target / draft)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
