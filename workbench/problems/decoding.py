@@ -202,13 +202,11 @@ def surprise(answer: Tensor, log_probs: Callable[[list[list[int]]], Sequence[Ten
                    len(bits))
 
 
-def follow(target: LanguageModel, draft: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The logits (m, V) of both models at every position of these token sequences, the last of each left out."""
-    out = []
-    for model in (target, draft):
-        with torch.no_grad():
-            parts = [model.network(torch.tensor(row[:-1]), Ask(
-                model.begin(1), [row[:-1]], [list(range(-1, len(row) - 2))], [list(range(len(row) - 1))]))[0]
-                for row in map(list, rows)]
-        out.append(torch.cat(parts))
-    return out[0], out[1]
+def follow(model: LanguageModel, rows: Sequence[Sequence[int]], first: int = 1) -> Tensor:
+    """The logits (m, V) that foretell each token of these sequences, from their `first` on; one pass for each row."""
+    parts = []
+    for row in rows:
+        given = list(row[:-1])
+        ask = Ask(model.begin(1), [given], [list(range(-1, len(given) - 1))], [list(range(first - 1, len(given)))])
+        parts.append(model.network(torch.tensor(given), ask)[0])
+    return torch.cat(parts)

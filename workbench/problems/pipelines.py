@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,16 +81,19 @@ def to_uint8(pictures: Tensor) -> Tensor:
 
 
 def digest_of(*pipelines: Any) -> str:
-    """SHA-256 of the denoisers' and VAEs' configurations and of the head (4 kB) of every tensor of theirs."""
+    """`digest_of_modules` of the pipelines' denoisers and VAEs."""
+    parts = [module for pipe in pipelines for module in (_denoiser(pipe), getattr(pipe, "vae", None)) if module]
+    return digest_of_modules((module, dict(module.config)) for module in parts)
+
+
+def digest_of_modules(parts: Iterable[tuple[Any, Mapping[str, Any]]]) -> str:
+    """SHA-256 (16 hex digits) of (torch module, configuration) pairs, by the head (4 kB) of every tensor."""
     digest = hashlib.sha256()
-    for pipe in pipelines:
-        for module in (_denoiser(pipe), getattr(pipe, "vae", None)):
-            if module is None:
-                continue
-            digest.update(repr(sorted((k, v) for k, v in module.config.items() if not k.startswith("_"))).encode())
-            for key, tensor in module.state_dict().items():
-                head = tensor.detach().flatten()[:1024].float().cpu().numpy()
-                digest.update(key.encode() + repr(tuple(tensor.shape)).encode() + head.tobytes())
+    for module, config in parts:
+        digest.update(repr(sorted((k, v) for k, v in config.items() if not k.startswith("_"))).encode())
+        for key, tensor in module.state_dict().items():
+            head = tensor.detach().flatten()[:1024].float().cpu().numpy()
+            digest.update(key.encode() + repr(tuple(tensor.shape)).encode() + head.tobytes())
     return digest.hexdigest()[:16]
 
 
