@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help lab install test lint types pytest unit integrated notebooks browser figures bench lock clean
+.PHONY: help lab install test lint types pytest unit notebooks browser figures bench lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | while IFS=$$'\t' read -r n t; do printf '  make %-10s %s\n' "$$n" "$$t"; done
@@ -62,31 +62,27 @@ lab: $(INSTALLED)  ## JupyterLab on the start notebook, on this machine only
 
 test: lint types pytest  ## everything CI runs: lint, types, unit and contract tests, notebooks, browser
 
-pytest: unit integrated  ## all tests, without lint and types
+pytest: unit notebooks browser  ## all tests, without lint and types
 
 lint: $(INSTALLED)  ## ruff
-	@echo "== [1/4] lint: ruff"
+	@echo "== [1/5] lint: ruff"
 	@"$(BIN)/python" -m ruff check .
 
 types: $(INSTALLED)  ## mypy
-	@echo "== [2/4] types: mypy"
+	@echo "== [2/5] types: mypy"
 	@"$(BIN)/python" -m mypy
 
 # One process for each core, each with one thread: two threads in each of two processes would wait for each other.
 unit: $(INSTALLED)  ## the tests without notebooks and browser
-	@echo "== [3/4] unit and contract tests"
+	@echo "== [3/5] unit and contract tests"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not notebook and not browser" --numprocesses=auto --dist=worksteal $(ARGS)
 
-integrated: $(INSTALLED)  ## the notebooks, then the browser tests
-	@echo "== [4/4] notebooks with their smoke parameters, then JupyterLab in a browser"
-	@"$(BIN)/python" -m pytest -m "notebook or browser" $(ARGS)
+notebooks: $(INSTALLED)  ## the notebooks, with their smoke parameters
+	@echo "== [4/5] notebooks with their smoke parameters"
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m notebook --numprocesses=auto --dist=worksteal $(ARGS)
 
-notebooks: $(INSTALLED)  ## the notebooks only, with their smoke parameters
-	@echo "== notebooks"
-	@"$(BIN)/python" -m pytest -m notebook $(ARGS)
-
-browser: $(INSTALLED)  ## the browser tests only
-	@echo "== browser tests"
+browser: $(INSTALLED)  ## JupyterLab in a browser
+	@echo "== [5/5] JupyterLab in a browser"
 	@"$(BIN)/python" -m pytest -m browser $(ARGS)
 
 figures: $(INSTALLED)  ## run every notebook at full parameters; figures and executed notebooks go to build/figures
