@@ -697,7 +697,7 @@ def _trees(where: str, ranks: tuple[float, ...], values: Values, cost: Callable[
             for k, s in shapes.items()]
     rows += [("★ fastest here", aware.n_nodes, len(aware.draft_widths), f"{best[1]:.3f}", f"{best[2]:.3g}"),
              ("no draft", 0, 0, "1.000", f"{scale / plain:.3g}")]
-    said = (f"★ the fastest tree for these costs has {_several(aware.n_nodes, 'node')} on {_several(aware.depth, 'level')}"
+    said = (f"★ the fastest tree for these costs: {_several(aware.n_nodes, 'node')} on {_several(aware.depth, 'level')}"
             if aware.n_nodes else "★ no tree pays at these costs: draft nothing")
     wide, low, straight = (tree_picture(shapes[k], ranks, k, *size) for k, size in (
         ("Sequoia", (600, 250)), ("fixed widths", (290, 130)), ("chain", (290, 130))))

@@ -104,3 +104,33 @@ DEIS_CIFAR10 = Table(
     x=(10.0, 15.0),
     rows={"DEIS": (4.17, 3.37)},
 )
+
+SPECTR_SPEED = Table(
+    title="times faster, wall clock, quality unchanged",
+    source="SpecTr, arXiv 2310.15141, abstract",
+    how="read from the text",
+    x_label="one setting",
+    x=(1.0,),
+    rows={"over autoregressive decoding": (2.13,), "over speculative decoding": (1.37,)},
+)
+SEQUOIA_SPEED = Table(
+    title="times faster than autoregressive decoding, at best, on one A100: Llama2-7B, Llama2-13B, Vicuna-33B",
+    source="Sequoia, arXiv 2402.12374, abstract of the NeurIPS 2024 version",
+    how="read from the text",
+    x_label="billions of parameters of the target",
+    x=(7.0, 13.0, 33.0),
+    rows={"Sequoia": (4.04, 3.73, 2.27)},
+)
+VLLM_TREES = Table(
+    title="chain and tree of drafts on MT-bench, both with the same attention backend",
+    source="vllm-project/vllm, pull request 22752 (closed)",
+    how="read from a table",
+    x_label="batch size",
+    x=(1.0, 8.0, 16.0),
+    rows={
+        "chain, tokens per target pass": (2.05, 2.06, 2.05),
+        "tree, tokens per target pass": (2.37, 2.37, 2.38),
+        "chain, tokens per second": (114.27, 847.38, 1567.5),
+        "tree, tokens per second": (128.63, 902.72, 1640.95),
+    },
+)
