@@ -113,14 +113,16 @@ class Block:
 
 def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Sequence[Sequence[int]], n_tokens: int,
               grow: Grow | None, rule: Rule | None, uniforms: Sequence[Uniform], *, law: Law = Warp(),
+              draft_law: Law | None = None,
               ends: Callable[[int, list[int], int], int | None] = lambda row, tokens, n_new: None
               ) -> Iterator[dict[int, Block]]:
     """Decode n_tokens after each of the prompts; yields {row: Block} of the rows still going, once per target pass.
 
     prompts: token ids, at least one each. grow(row, uniform) makes the grower of a row's next block, rule decides what
     is accepted; without draft, grow and rule this is plain decoding, one token per pass. uniforms: per row, n -> n
-    numbers in [0, 1). law: made of the logits of both models alike. ends(row, tokens so far, how many are new) -> how
-    many tokens the sequence has if it ends here, else None. on_block(row, block) hears of each block once it is done.
+    numbers in [0, 1). law: made of the logits of both models alike, unless drafts are drawn from another, draft_law,
+    which changes what is accepted, not the law of the output. ends(row, tokens so far, how many are new) -> how many
+    tokens the sequence has if it ends here, else None.
     Cost: per block and row, one target pass of n_nodes + 1 tokens (the first also takes in the prompt) and one draft
     pass per level of the tree. Nobody drafts beyond the end: a tree is at most as deep as tokens are wanted, less one.
     Raises ValueError where a prompt is empty, n_tokens is below 1, or a model's logits hold NaN.
@@ -137,7 +139,7 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
     verifier = Session(target, len(prompts))
     drafter = Session(draft, len(prompts)) if draft is not None else None
 
-    def laws(model: LanguageModel, logits: list[Tensor], contexts: Contexts) -> list[np.ndarray]:
+    def laws(model: LanguageModel, law: Law, logits: list[Tensor], contexts: Contexts) -> list[np.ndarray]:
         joined = torch.cat(logits) if len(logits) > 1 else logits[0]
         if joined.isnan().any():
             raise ValueError(f"the logits of {model.name} hold NaN")
@@ -151,7 +153,7 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
             room = {row: n_tokens - len(done[row]) - 1 for row in sorted(active)}
             growers = {row: grow(row, uniforms[row]) for row, left in room.items() if left}
             contexts = {row: [*prompts[row], *done[row]] for row in growers} if growers else {}
-            fed, n_passes = _draft(drafter, growers, room, to_draft, partial(laws, draft), contexts)
+            fed, n_passes = _draft(drafter, growers, room, to_draft, partial(laws, draft, draft_law or law), contexts)
         trees = [growers[row].finish() if row in growers else Tree() for row in rows]
 
         first = [len(pending) - 1 for pending in to_target]  # the context's place among the nodes of this pass
@@ -162,7 +164,7 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
              for row in rows],
             [list(range(first[row], first[row] + 1 + trees[row].n_nodes)) if going[row] else [] for row in rows])
         below = {row: [*prompts[row], *done[row]] for row in sorted(active)}
-        found = laws(target, logits, lambda: [(row, before + path) for row, before in below.items()  # noqa: B023
+        found = laws(target, law, logits, lambda: [(row, before + path) for row, before in below.items()  # noqa: B023
                                               for path in _paths(trees[row])])  # noqa: B023
 
         blocks: dict[int, Block] = {}
