@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from inspect import signature
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -27,25 +28,33 @@ def causal(module: PreTrainedModel, name: str) -> LanguageModel:
     """A causal model, in evaluation mode, as a LanguageModel. Logits are float32, on the model's device.
 
     Raises ValueError by name for models whose memory is more than keys and values (state-space and linear-attention
-    layers), whose attention cannot take a mask (flash attention), or that are no decoder-only models.
+    layers), whose attention cannot take a mask (flash attention), that take no positions or no cache, or that are no
+    decoder-only models.
     """
-    config = module.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{name}: layers of kind {', '.join(sorted(unknown))} remember more than keys and values: "
-                         f"expected full or sliding attention only")
+    takes = signature(module.forward).parameters
     if getattr(module.config, "is_encoder_decoder", False) or not module.can_generate():
         raise ValueError(f"{name}: {type(module).__name__} is no decoder-only language model")
+    config = module.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    unknown = set(types or ()) - {"full_attention", "sliding_attention"}
+    if unknown or getattr(module, "_is_stateful", False):
+        told = f"layers of kind {', '.join(sorted(unknown))}" if unknown else f"{type(module).__name__}'s layers"
+        raise ValueError(f"{name}: {told} remember more than keys and values: expected full or sliding attention only")
+    if missing := {"attention_mask", "position_ids", "past_key_values"} - takes.keys():
+        raise ValueError(f"{name}: {type(module).__name__} takes no {', '.join(sorted(missing))}, which a tree needs")
     if getattr(config, "_attn_implementation", None) not in (None, "sdpa", "eager"):
         raise ValueError(f"{name}: attn_implementation={config._attn_implementation!r} takes no tree of tokens: "
                          f"expected 'sdpa' or 'eager', e.g. model.set_attn_implementation('sdpa')")
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
+    if not types:  # one kind of layer: windows where there is one (such as Mistral's)
+        types = ["full_attention" if window is None else "sliding_attention"]
+    kinds = frozenset(types)
+    keeps_logits = "logits_to_keep" in takes
+    n_embedded = module.get_input_embeddings().weight.shape[0]
 
     def network(tokens: Tensor, ask: Ask) -> list[Tensor]:
         assert isinstance(ask.state, KeyValues)
-        return ask.state.forward(module, tokens, ask)
+        return ask.state.forward(module, ask, n_embedded, keeps_logits)
 
     return LanguageModel(name, network, lambda n_rows: KeyValues(n_rows, kinds, window),
                          module.get_output_embeddings().weight.shape[0],
@@ -58,7 +67,7 @@ class KeyValues:
     Rows keep paths of different lengths, so some columns of the cache are holes of a row, which its mask leaves out.
     """
 
-    def __init__(self, n_rows: int, kinds: set[str], window: int | None) -> None:
+    def __init__(self, n_rows: int, kinds: frozenset[str], window: int | None) -> None:
         self._rows, self._kinds, self._window = n_rows, kinds, window
         self._cache: Any = None
         self._kept = np.zeros((n_rows, 0), dtype=bool)  # (row, column): whether it holds a token that was kept
@@ -71,8 +80,11 @@ class KeyValues:
         self._depths = np.zeros((n_rows, 0), dtype=np.int64)
         self._columns: list[list[int]] = [[] for _ in range(n_rows)]  # of each node, counted from the tree's first
 
-    def forward(self, module: Any, tokens: Tensor, ask: Ask) -> list[Tensor]:
-        """One pass over all rows' tokens, padded to one width; logits (n_asked, V) per row."""
+    def forward(self, module: Any, ask: Ask, n_embedded: int, keeps_logits: bool) -> list[Tensor]:
+        """One pass over all rows' tokens, padded to one width; logits (n_asked, V) per row.
+
+        A token without an embedding, which another model of the tokenizer may write, is read as the last that has one.
+        """
         width = max(map(len, ask.tokens))
         old = self._sees.shape[1]
         self._grow(old, width, ask.parents)
@@ -83,12 +95,12 @@ class KeyValues:
         positions = lengths + self._depths[:, old:]
         device = module.device
         wanted = sorted(set(chain.from_iterable(ask.asked)))
+        keep = {"logits_to_keep": torch.tensor(wanted, device=device)} if keeps_logits else {}
         with torch.no_grad():
-            out = module(
-                input_ids=torch.from_numpy(ids).to(device), position_ids=torch.from_numpy(positions).to(device),
-                attention_mask=self._masks(old, positions, lengths, module.dtype, device), use_cache=True,
-                past_key_values=self._buffers(), logits_to_keep=torch.tensor(wanted, device=device))
-        logits = out.logits.float()
+            out = module(input_ids=torch.from_numpy(np.minimum(ids, n_embedded - 1)).to(device), use_cache=True,
+                         position_ids=torch.from_numpy(positions).to(device), past_key_values=self._buffers(),
+                         attention_mask=self._masks(old, positions, lengths, module.dtype, device), **keep)
+        logits = (out.logits if keeps_logits else out.logits[:, wanted]).float()
         place = {column: i for i, column in enumerate(wanted)}
         if self._rows == 1:
             return [logits[0]]
@@ -115,16 +127,14 @@ class KeyValues:
         n_new = positions.shape[1]
         kept = np.broadcast_to(self._kept[:, None], (self._rows, n_new, self._kept.shape[1]))
         sees = np.concatenate([kept, self._sees[:, old:]], axis=2)
-        if self._kinds == {"full_attention"} and self._window is None:
-            return _float_mask(sees, dtype, device)
-        near = sees
-        if self._window is not None:
-            places = np.concatenate([self._places, lengths + self._depths], axis=1)
-            near = sees & (positions[:, :, None] - places[:, None] < self._window)
-        masks = {"full_attention": sees, "sliding_attention": near}
-        if len(self._kinds) == 1 and "sliding_attention" not in self._kinds:
-            return _float_mask(near, dtype, device)  # such as Mistral: a window, and no kinds of layers
-        return {kind: _float_mask(masks[kind], dtype, device) for kind in self._kinds}
+        masks = {}
+        for kind in self._kinds:
+            seen = sees
+            if kind == "sliding_attention" and self._window is not None:
+                places = np.concatenate([self._places, lengths + self._depths], axis=1)
+                seen = sees & (positions[:, :, None] - places[:, None] < self._window)
+            masks[kind] = _float_mask(seen, dtype, device)
+        return masks if len(masks) > 1 else masks.popitem()[1]
 
     def _buffers(self) -> Any:
         if self._cache is None:
