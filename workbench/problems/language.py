@@ -19,6 +19,8 @@ from workbench.speculation.engine import speculate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from workbench.run import Inputs
+
 DRAFTS = ("tiny", "small")
 CALIBRATION = (4, 64)  # texts and tokens per text that the target writes to measure acceptance on
 
@@ -36,7 +38,6 @@ def docs(drafts: Sequence[str] = DRAFTS, seed: int = 0, n_prompt: int = 32) -> D
     if not drafts or any(d not in DRAFTS for d in drafts) or list(drafts) != sorted(set(drafts), key=DRAFTS.index):
         raise ValueError(f"drafts={drafts}: expected some of {', '.join(DRAFTS)}, cheapest first")
     target, tokenizer = load_language_model("target")
-    loaders = {size: f"load_language_model({size!r})[0]" for size in ("target", *drafts)}
 
     @cache
     def beginnings(n: int) -> list[list[int]]:
@@ -49,9 +50,10 @@ def docs(drafts: Sequence[str] = DRAFTS, seed: int = 0, n_prompt: int = 32) -> D
         end=tokenizer.convert_tokens_to_ids(END),
         source=f"from workbench.problems.language import docs\n\nproblem = docs({drafts}, seed={seed}, "
                f"n_prompt={n_prompt})",
-        setup="from workbench.zoo import load_language_model\n\n"
+        setup="from workbench.zoo import load_language_model\nfrom workbench.zoo.text import prompts\n\n"
               f"target, tokenizer = load_language_model('target')\n"
-              f"drafts = [{', '.join(loaders[size] for size in drafts)}]")
+              f"drafts = [{', '.join(f'load_language_model({size!r})[0]' for size in drafts)}]\n"
+              f"input_ids = prompts(N_SAMPLES, {seed}, {n_prompt})")
 
 
 def from_models(target: PreTrainedModel, drafts: PreTrainedModel | Sequence[PreTrainedModel],
@@ -81,19 +83,22 @@ def from_models(target: PreTrainedModel, drafts: PreTrainedModel | Sequence[PreT
     names = [f"draft {i + 1}" for i in range(len(drafts))] if len(drafts) > 1 else ["draft"]
     modules = {"target": target, **dict(zip(names, drafts, strict=True))}
     paths = [getattr(m.config, "_name_or_path", "") or "path/to/model" for m in modules.values()]
-    setup = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    setup = ("import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
              f"target = AutoModelForCausalLM.from_pretrained({paths[0]!r})\n"
              f"drafts = [{', '.join(f'AutoModelForCausalLM.from_pretrained({path!r})' for path in paths[1:])}]\n"
              f"tokenizer = AutoTokenizer.from_pretrained({paths[0]!r})")
+    ask = (f"texts = {list(prompts)!r}\ninput_ids = torch.tensor([tokenizer(texts[i % len(texts)]).input_ids[:{n_prompt}]\n"
+           "                          for i in range(N_SAMPLES)])")
     return _problem(
         name, modules, tokenizer, lambda n: [list(ids[i % len(ids)][:n_prompt]) for i in range(n)], n_prompt,
         digest=digest_of_modules((m, m.config.to_dict()) for m in modules.values()), end=tokenizer.eos_token_id,
-        setup=setup, source=f"{setup}\n\nfrom workbench.problems.language import from_models\n\nproblem = "
+        setup=f"{setup}\n{ask}", source=f"{setup}\n\nfrom workbench.problems.language import from_models\n\nproblem = "
                             f"from_models(target, drafts, tokenizer, {list(prompts)!r}, n_prompt={n_prompt})")
 
 
 def _problem(name: str, modules: dict[str, Any], tokenizer: Any, prompts: Callable[[int], list[list[int]]],
              n_prompt: int, *, digest: str, end: int | None, source: str, setup: str) -> Decoding:
+    """setup: lines that make target, drafts, tokenizer and, for N_SAMPLES prompts, input_ids."""
     target, *drafts = (causal(module.eval(), key) for key, module in modules.items())
     by_name = {m.name: m for m in (*drafts, target)}
 
@@ -125,4 +130,35 @@ def _problem(name: str, modules: dict[str, Any], tokenizer: Any, prompts: Callab
         name, digest, target, tuple(drafts), prompts, n_prompt, judge, positions,
         lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False),
         {key: flops_per_token(module) for key, module in modules.items()}, end=end,
-        dtype=torch.float32, device=str(next(iter(modules.values())).device), source=source)
+        dtype=torch.float32, device=str(next(iter(modules.values())).device), source=source,
+        code=lambda given: _code(given, setup, "target" if end is None else end))
+
+
+def _code(given: Inputs, setup: str, end: int | str) -> str | None:
+    """The script that writes the same tokens with transformers and the drop-in alone; None where it has no such way."""
+    knobs = dict(given.knobs)
+    t = knobs["temperature"]
+    options = [f"max_new_tokens={knobs['n_tokens']}", f"do_sample={t > 0}"]
+    options += [f"temperature={t}"] * (t > 0) + [f"top_k={knobs['top_k']}"] * (t > 0)
+    options += [f"{name}={knobs[name]}" for name in ("top_p", "typical_p") if t > 0 and knobs[name] < 1]
+    options += [f"eos_token_id={end}"] * (end != "target")
+    arguments: list[str] = []
+    if given.method == "speculative" and knobs["policy"] == "constant":
+        arguments = [f"draft_length={knobs['draft_length']}"]
+    elif given.method == "spectr":
+        arguments = [f"{name}={knobs[name]!r}" for name in ("n_drafts", "draft_length", "rule")]
+    elif given.method == "spec_infer":
+        arguments = [f"tree={[int(w) for w in knobs['widths']]}", f"rule={knobs['rule']!r}"]
+    elif given.method != "autoregressive" or t > 0:
+        return None  # plain sampling draws from torch's own stream: another text of the same law
+    lines = setup.replace("N_SAMPLES", str(given.n_samples))
+    if given.method == "autoregressive":
+        asked = "target" if knobs["model"] == "best" else "drafts[0]"
+        return (f"{lines}\n\nwritten = {asked}.generate(input_ids, {', '.join(options)})[:, input_ids.shape[1]:]\n"
+                "print(*tokenizer.batch_decode(written), sep='\\n\\n')\n")
+    which = "drafts[-1]" if knobs["draft"] == "best" else "drafts[0]"
+    return (f"from workbench.integrations.transformers import generate\n{lines}\n\n"
+            f"made = generate(target, {which}, input_ids, {', '.join(arguments)},\n"
+            f"                seed={given.seed}, {', '.join(options)})\nprint(made.report)\n"
+            "written = made.sequences[:, input_ids.shape[1]:]\n"
+            "print(*tokenizer.batch_decode(written), sep='\\n\\n')\n")

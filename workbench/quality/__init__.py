@@ -50,6 +50,11 @@ METRICS = {
                "mean distance by which samples must move to follow the true law, along one axis or averaged over axes"),
         Metric("energy_distance", "energy distance", "data units", False, 200,
                "zero only where samples and held-out data follow one law; works in any dimension"),
+        Metric("block_efficiency", "tokens per target pass", "", True, 4,
+               "new tokens over passes of the target; 1 is plain decoding"),
+        Metric("surprise", "surprise under the target", "bits per token", False, 4,
+               "what the target thinks of what was written; a lossless method has that of plain decoding, less is no "
+               "better"),
         Metric("nearest_training", "distance to the nearest training sample", "RMS pixel", True, 16,
                "0 where samples are copies of training data; what held-out data has is the mark, more is no better"),
     )
