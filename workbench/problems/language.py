@@ -87,7 +87,8 @@ def from_models(target: PreTrainedModel, drafts: PreTrainedModel | Sequence[PreT
              f"target = AutoModelForCausalLM.from_pretrained({paths[0]!r})\n"
              f"drafts = [{', '.join(f'AutoModelForCausalLM.from_pretrained({path!r})' for path in paths[1:])}]\n"
              f"tokenizer = AutoTokenizer.from_pretrained({paths[0]!r})")
-    ask = (f"texts = {list(prompts)!r}\ninput_ids = torch.tensor([tokenizer(texts[i % len(texts)]).input_ids[:{n_prompt}]\n"
+    ask = (f"texts = {list(prompts)!r}\n"
+           f"input_ids = torch.tensor([tokenizer(texts[i % len(texts)]).input_ids[:{n_prompt}]\n"
            "                          for i in range(N_SAMPLES)])")
     return _problem(
         name, modules, tokenizer, lambda n: [list(ids[i % len(ids)][:n_prompt]) for i in range(n)], n_prompt,
