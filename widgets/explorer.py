@@ -34,6 +34,7 @@ from workbench import METHODS, METRICS, Cancelled, Cost, Inputs, Memo, Run, Step
 from workbench.cost import Meter, Network
 from workbench.frontier import points
 from workbench.methods.denoising.t_stitch import full_fractions, progress, step_counts
+from workbench.problems.decoding import Decoding
 from workbench.problems.denoising import Denoising, grid
 from workbench.quality import drift
 from workbench.rng import Rng
@@ -880,14 +881,22 @@ class ExplorerWidget(anywidget.AnyWidget):
         explorer.subscribe(lambda name, value: setattr(self, name, value))
 
 
-def explorer(problem: Denoising, methods: Sequence[str] = ("t_stitch", "ddim", "dpmpp_2m"), *, n_samples: int = 16,
+def explorer(problem: Denoising | Decoding, methods: Sequence[str] | None = None, *, n_samples: int | None = None,
              seed: int = 0, store: Store | None = None, **knobs: Any) -> Explorer:
     """Explore methods on a problem: drag knobs and switch points, see samples, cost and quality live.
 
-    knobs: starting values, for the methods that have them. store: where runs are looked up and kept.
+    methods: default t_stitch, ddim and dpmpp_2m, or all that decode. n_samples: default 16 pictures or 1 text. knobs:
+    starting values, for the methods that have them. store: where runs are looked up and kept.
     Raises what `workbench.inputs` raises for settings that cannot be.
     """
-    return Explorer(problem, methods, n_samples=n_samples, seed=seed, store=store, **knobs)
+    if isinstance(problem, Decoding):
+        from widgets.drafts import FAMILY as DRAFTING  # which is built on this module
+        from widgets.drafts import drafts_explorer
+
+        return drafts_explorer(problem, DRAFTING if methods is None else methods,
+                               n_samples=1 if n_samples is None else n_samples, seed=seed, store=store, **knobs)
+    return Explorer(problem, ("t_stitch", "ddim", "dpmpp_2m") if methods is None else methods,
+                    n_samples=16 if n_samples is None else n_samples, seed=seed, store=store, **knobs)
 
 
 def _differences(ends: Sequence[float]) -> tuple[float, ...]:
