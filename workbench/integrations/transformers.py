@@ -121,7 +121,7 @@ def generate(target: PreTrainedModel, draft: PreTrainedModel, inputs: Tensor | M
     RULES. tree: instead of chains a Shape (such as `trees.sequoia` finds), or widths by level, drawn without
     replacement unless rule says otherwise; or "dynamic", EAGLE-2's tree of the draft's confidence (arXiv 2406.16858),
     n_drafts wide, draft_length deep and of at most n_drafts x draft_length nodes.
-    Greedy decoding takes the draft's most likely tokens for several drafts of one position, and rule "top".
+    Greedy decoding takes the draft's most likely tokens where a position has several drafts, by rule "top".
     generation_kwargs: as for target.generate, with target.generation_config behind them: lengths, do_sample and all
     processors of logits, which both models' logits go through alike; eos, pad, stop_strings (with tokenizer),
     logits_processor (functions of tokens and scores, without memory), stopping_criteria, max_time.
@@ -257,7 +257,7 @@ def _plan(n_drafts: int, draft_length: int, rule: str | None, tree: Shape | Sequ
     def grow(row: int, uniform: Uniform) -> Grower:
         return StaticGrower(shape, chosen.drafting, uniform, is_pooled=is_pooled)
 
-    return chosen, grow, is_greedy and widest > 1
+    return chosen, grow, is_greedy and widest > 1 and chosen.drafting != "iid"
 
 
 class _Processed:
