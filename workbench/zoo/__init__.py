@@ -1,6 +1,10 @@
 """The embedded models: a data set that can be sampled at will, its judge, and diffusion models S, B and L.
 
-Importing this package costs nothing; diffusers, matplotlib and PIL are imported where they are first needed.
+Beside them a family of language models: a target and two drafts of one tokenizer, which continue Python's own
+documentation. Their sizes are "target", "small" and "tiny".
+
+Importing this package costs nothing; diffusers, transformers, matplotlib and PIL are imported where they are first
+needed.
 """
 
 from __future__ import annotations
@@ -17,13 +21,16 @@ from workbench.zoo.glyphs import CLASSES, glyphs
 if TYPE_CHECKING:
     from workbench.zoo.classifier import GlyphClassifier, load_classifier
     from workbench.zoo.pipeline import GlyphPipeline
+    from workbench.zoo.text import load_language_model
 
 WEIGHTS: Path = Path(__file__).resolve().parent / "weights"
 PLANS: Path = Path(__file__).resolve().parent / "plans"  # solver schedules that a search found, with their card
 SIZES = ("s", "b", "l")
+LANGUAGE_SIZES = ("target", "small", "tiny")
 
 __all__ = [
     "CLASSES",
+    "LANGUAGE_SIZES",
     "PLANS",
     "SIZES",
     "WEIGHTS",
@@ -31,6 +38,7 @@ __all__ = [
     "GlyphPipeline",
     "glyphs",
     "load_classifier",
+    "load_language_model",
     "load_pipeline",
     "weights_digest",
 ]
@@ -39,6 +47,7 @@ _LAZY = {
     "GlyphClassifier": "classifier",
     "load_classifier": "classifier",
     "GlyphPipeline": "pipeline",
+    "load_language_model": "text",
 }
 
 
@@ -52,10 +61,11 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _folder(size: str) -> Path:
-    if size not in SIZES:
-        raise ValueError(f"size is {size!r}; it must be one of {', '.join(map(repr, SIZES))}")
-    return WEIGHTS / f"glyphs-{size}"
+def folder_of(size: str, sizes: tuple[str, ...] = SIZES + LANGUAGE_SIZES) -> Path:
+    """The folder of the weights of a size, which must be one of `sizes`; ValueError otherwise."""
+    if size not in sizes:
+        raise ValueError(f"size is {size!r}; it must be one of {', '.join(map(repr, sizes))}")
+    return WEIGHTS / f"{'docs' if size in LANGUAGE_SIZES else 'glyphs'}-{size}"
 
 
 def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
@@ -71,7 +81,7 @@ def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
 
     from workbench.zoo.pipeline import GlyphPipeline
 
-    folder, is_shown = _folder(size), logging.is_progress_bar_enabled()
+    folder, is_shown = folder_of(size, SIZES), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # three small files need none
     try:
         pipe = GlyphPipeline.from_pretrained(folder, **options)
@@ -84,14 +94,18 @@ def load_pipeline(size: str, **options: Any) -> GlyphPipeline:
 
 
 def weights_digest(size: str) -> str:
-    """The sha256 (64 hex digits) over all safetensors of one size, each preceded by its relative path.
+    """The sha256 (64 hex digits) over all safetensors of one size of either family, with their relative paths.
 
     It is computed again only where a file's time or length changed. Use it as a part of cache keys.
 
     Raises:
         ValueError: for an unknown size.
     """
-    folder = _folder(size)
+    return folder_digest(folder_of(size))
+
+
+def folder_digest(folder: Path) -> str:
+    """`weights_digest` of any folder."""
     files = sorted(folder.rglob("*.safetensors"))
     stamp = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     return _digest(folder, stamp)
