@@ -356,7 +356,7 @@ function render({ model, el }) {
     const left = [4];
     const widths = Array.from({ length: depth + 1 }, (_, d) => Math.max(...all.filter((entry) => entry.depth === d).map((entry) => entry.wide)));
     const spare = (treeBox.clientWidth || 500) - 20 - sum(widths);
-    const gap = depth ? clamp(spare / depth, 84, 130) : 0; // for an edge and its label
+    const gap = depth ? clamp(spare / depth, 76, 130) : 0; // for an edge and its label
     for (let d = 1; d <= depth; d++) left[d] = left[d - 1] + widths[d - 1] + gap;
     const width = left[depth] + widths[depth] + 6;
     const height = ROW * row + 12;
@@ -418,7 +418,7 @@ function render({ model, el }) {
   function barRow(key, value, mean, best, used) {
     const isOptimum = key.startsWith("optimum");
     const name = isOptimum ? "optimum" : key;
-    const text = value ? `${percent(value[0])}${value[1] ? ` ± ${percent(value[1])}` : ""}` : "…";
+    const text = value ? `${percent(value[0])}${value[1] ? ` ± ${value[1].toFixed(2).slice(1)}` : ""}` : "…";
     const track = h("span", { class: "wbd-track" });
     if (value) track.append(h("i", { class: isOptimum ? "wbd-fill wbd-best" : key === used ? "wbd-fill wbd-used" : "wbd-fill", style: `width:${100 * value[0]}%` }));
     if (mean !== undefined) track.append(h("i", { class: "wbd-mean", style: `left:${100 * mean}%` }));
@@ -462,8 +462,8 @@ function render({ model, el }) {
     comparison.hidden = !pinned;
     if (!pinned) return;
     pinnedCaption.textContent = `A, pinned: ${pinned.title}`;
-    const names = [...new Set([...Object.keys(pinned.knobs), ...Object.keys(run.knobs)])];
-    const text = (v) => v === undefined ? "none" : [v].flat().join("-");
+    const names = Object.keys(run.knobs).filter((name) => name in pinned.knobs); // what both methods have
+    const text = (v) => [v].flat().join("-");
     comparison.replaceChildren(h("b", {}, "A → B "), [...(pinned.method !== run.method ? [`${pinned.method} → ${run.method}`] : []),
       ...names.filter((name) => text(pinned.knobs[name]) !== text(run.knobs[name])).map((name) => `${words(name)} ${text(pinned.knobs[name])} → ${text(run.knobs[name])}`),
       `tokens per pass ${short(pinned.efficiency)} → ${short(run.efficiency)}`, `FLOPs per token × ${short(run.flops / pinned.flops)}`].join(" · "));
