@@ -87,9 +87,11 @@ def rank_acceptance(problem: Decoding, which: str, law: Warp, n_ranks: int, rule
     """How often the draft of rank 1..n_ranks at one node is the accepted one, where n_ranks are tried: (n_ranks,).
 
     Measured at the problem's `positions`, with `repeats` draws of the drafts at each of n_positions, from a fixed seed.
+    At temperature 0 drafts come of the law at temperature 1.
     This is what Sequoia (arXiv 2402.12374, section 3.1) takes its tree from. Costs no evaluation of a run.
     """
-    target, draft = (law(part[:n_positions], list) for part in problem.positions(problem.draft(which).name))
+    logits, other = (part[:n_positions] for part in problem.positions(problem.draft(which).name))
+    target, draft = law(logits, list), (law if law.temperature > 0 else replace(law, temperature=1.0))(other, list)
     generator = np.random.default_rng(0)
     counts, chosen = np.zeros(n_ranks), RULES[rule]
     for target_probs, draft_probs in zip(target, draft, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -31,10 +32,12 @@ Length = Annotated[int, Knob(low=1, high=16, step=1, unit="tokens", small=2,
 
 
 def written(problem: Decoding, rng: Rng, n_tokens: int, law: Warp, *, model: LanguageModel | None = None,
-            draft: LanguageModel | None = None, grow: Grow | None = None, rule: Rule | None = None) -> Iterator[Step]:
+            draft: LanguageModel | None = None, grow: Grow | None = None, rule: Rule | None = None,
+            is_varied: bool = False) -> Iterator[Step]:
     """Steps of `speculate`: state (n_samples, n_tokens, 2) as in `Decoding`, a step per target pass.
 
-    info: i, and blocks {sample: Block} of the samples still going. model: in the target's place.
+    info: i, and blocks {sample: Block} of the samples still going. model: in the target's place. is_varied: the drafts
+    of a position are different tokens; at temperature 0, whose law has only one, they come of the law at temperature 1.
     Raises ValueError where prompt and tokens do not fit a model's context, and what `speculate` raises.
     """
     model = problem.target if model is None else model
@@ -50,7 +53,8 @@ def written(problem: Decoding, rng: Rng, n_tokens: int, law: Warp, *, model: Lan
         return len(tokens) - n_new + new.index(problem.end) + 1 if problem.end in new else None
 
     going = speculate(model, draft, problem.prompts(rng.n_samples), n_tokens, grow, rule,
-                      [rng.uniforms(i) for i in range(rng.n_samples)], law=law, ends=ends)
+                      [rng.uniforms(i) for i in range(rng.n_samples)], law=law, ends=ends,
+                      draft_law=replace(law, temperature=1.0) if is_varied and law.temperature == 0 else None)
     for i, blocks in enumerate(going):
         state = state.clone()
         for row, block in blocks.items():

@@ -35,4 +35,5 @@ def eagle2(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, expand: Width 
     Raises ValueError where prompt and tokens exceed a model's context.
     """
     yield from written(problem, rng, n_tokens, Warp(temperature, top_k, top_p, typical_p), draft=problem.draft(draft),
-                       grow=lambda row, uniform: ConfidenceGrower(expand, depth, n_nodes), rule=RULES["top"])
+                       grow=lambda row, uniform: ConfidenceGrower(expand, depth, n_nodes), rule=RULES["top"],
+                       is_varied=True)

@@ -31,13 +31,15 @@ def sequoia(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, n_nodes: Node
     The tree comes of a dynamic programme over how often the first, second, ... draft of a position is accepted, which
     is measured once at the problem's `positions` (at no cost to the run). Nodes that no rank or level can hold are left
     out.
+    At temperature 0 the drafts of a position are the draft's most likely tokens.
     State (n_samples, n_tokens, 2): token and number of the pass, -1 after a sequence's end.
     Cost: at most ``2 * n_prompt + n_tokens * (2 * n_nodes + 2)`` evaluations per sample.
     Raises ValueError where prompt and tokens exceed a model's context.
     """
     law = Warp(temperature, top_k, top_p, typical_p)
-    measured = rank_acceptance(problem, draft, law, RANKS)
+    rule = RULES["rrs_without" if temperature > 0 else "top"]
+    measured = rank_acceptance(problem, draft, law, RANKS, rule.name)
     fits = sum(RANKS**level for level in range(1, max_depth + 1))
     shape = best_shape(measured, min(n_nodes, fits), max_depth)
-    yield from written(problem, rng, n_tokens, law, draft=problem.draft(draft), rule=RULES["rrs_without"],
-                       grow=lambda row, uniform: StaticGrower(shape, "without", uniform))
+    yield from written(problem, rng, n_tokens, law, draft=problem.draft(draft), rule=rule, is_varied=True,
+                       grow=lambda row, uniform: StaticGrower(shape, rule.drafting, uniform))

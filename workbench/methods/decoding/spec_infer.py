@@ -55,4 +55,5 @@ def spec_infer(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, widths: Wi
     if chosen.max_drafts is not None and max(widths) > chosen.max_drafts:
         raise ValueError(f"widths={widths!r}: rule={rule!r} takes at most {chosen.max_drafts} drafts per position")
     yield from written(problem, rng, n_tokens, Warp(temperature, top_k, top_p, typical_p), draft=problem.draft(draft),
-                       grow=lambda row, uniform: StaticGrower(shape, chosen.drafting, uniform), rule=chosen)
+                       grow=lambda row, uniform: StaticGrower(shape, chosen.drafting, uniform), rule=chosen,
+                       is_varied=chosen.drafting != "iid")
