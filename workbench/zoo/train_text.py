@@ -40,12 +40,12 @@ SHAPES: dict[str, dict[str, int]] = {
     "small": {"num_hidden_layers": 2, "hidden_size": 80, "intermediate_size": 208, "num_attention_heads": 2},
     "tiny": {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 2},
 }
-STEPS = {"target": 2500, "small": 6000, "tiny": 6000}
+STEPS = {"target": 2600, "small": 4000, "tiny": 4000}
 LEARNING_RATES = {"muon": 0.02, "adam": 0.005}  # the embedding and the norms go by Adam
 BATCH_TOKENS = 2048
 LONG_FROM = 0.75  # of the steps on text: windows of the whole context from here on, a quarter of it before
-TEXT_SHARE = 0.5  # of a draft's steps: from text; the others from the target
-SHARDS = 6  # of the target's distributions
+TEXT_SHARE = 0.3  # of a draft's steps: from text; the others from the target
+SHARDS = 12  # of the target's distributions
 WINDOWS = {"text": 96, "sampled": 32}  # per shard
 WINDOW = 512  # tokens
 GIVEN = 32  # of a sampled window's tokens come from the text
@@ -292,7 +292,7 @@ def load(size: str, out: Path) -> LlamaForCausalLM:
 def target_shards(tokens: Tensor, out: Path, work: Path, first: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
     """The target's logits over windows of text and over windows that it wrote: a function of the step to a batch.
 
-    They are kept in `work` under the digest of the target's weights (1.6 GB), so that both drafts share them; while
+    They are kept in `work` under the digest of the target's weights (3.2 GB), so that both drafts share them; while
     both train at once, each begins where the other does not (`first`).
     """
     from safetensors.torch import load_file, save_file
