@@ -7,7 +7,7 @@ const MAX_TEXT = 14; // characters of a token that a node shows
 const DRAFTINGS = { iid: "independent draws", without: "draws without replacement", greedy: "likeliest, and one draw", top: "likeliest only" };
 
 const parse = (value) => (value?.byteLength ? JSON.parse(new TextDecoder().decode(value)) : null);
-const percent = (x) => x.toFixed(x > 0 && x < 0.0995 ? 3 : 2).replace(/^0\./, ".");
+const percent = (x) => (x === 0 ? "0" : x < 0.0005 ? "<.001" : x.toFixed(x < 0.0995 ? 3 : 2).replace(/^0\./, "."));
 const visible = (text) => text.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "→") || "∅";
 const cut = (text) => ([...text].length > MAX_TEXT ? `${[...text].slice(0, MAX_TEXT - 1).join("")}…` : text);
 const plural = (n, word) => `${n} ${n === 1 ? word : word.endsWith("s") ? `${word}es` : `${word}s`}`;
@@ -215,11 +215,11 @@ function render({ model, el }) {
     const node = h("span", { class: `wbd-token wbd-${kind}` });
     if (kind === "lost") node.append(visible(text));
     else {
-      for (const part of text.split(/([ \n\t]+)/).filter(Boolean)) {
+      for (const part of text.split(/(\n|[ \t]+)/).filter(Boolean)) {
         if (!/^[ \n\t]/.test(part)) node.append(part);
         else {
           node.append(h("wbr"), h("span", { class: "wbd-space" }, visible(part)));
-          if (part.includes("\n")) node.append(h("br"));
+          if (part === "\n") node.append(h("br"));
         }
       }
       if (!text) node.append(h("span", { class: "wbd-space" }, "∅"));

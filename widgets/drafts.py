@@ -227,18 +227,18 @@ class DraftsExplorer(Explorer):
         target: dict[int, float] = {}
         for node in (-1, *path):
             for child in tree.children.get(node, ()):
-                target[child] = round(float(block.laws[node][tree.tokens[child]]), 4)
+                target[child] = _short(block.laws[node][tree.tokens[child]])
         times = Counter(child for children in tree.children.values() for child in children)
         own = None
         if len(block.tokens) > len(path):
             law, token = block.laws[path[-1] if path else -1], block.tokens[-1]
-            own = self._text(token), round(float(law[token]), 4)
+            own = self._text(token), _short(law[token])
         nodes = range(tree.n_nodes)
         drawn = json.dumps({
             "texts": [self._text(token) for token in block.tokens], "n_accepted": min(len(path), len(block.tokens)),
             "n_passes": block.n_draft_passes, "path": path, "own": own, "parents": tree.parents,
             "nodes": [self._text(token) for token in tree.tokens], "times": [times[node] for node in nodes],
-            "draft": [round(float(tree.laws[tree.parents[node]][tree.tokens[node]]), 4) for node in nodes],
+            "draft": [_short(tree.laws[tree.parents[node]][tree.tokens[node]]) for node in nodes],
             "target": [target.get(node) for node in nodes]})
         first = tree.children.get(-1)
         place = Place(np.array(block.laws[-1]), np.array(tree.laws[-1]), len(first), bool(path)) if first else None
@@ -471,3 +471,8 @@ def drafts_explorer(problem: Decoding, methods: Sequence[str] = FAMILY, *, n_sam
     `workbench.inputs` raises for settings that cannot be.
     """
     return DraftsExplorer(problem, methods, n_samples=n_samples, seed=seed, store=store, **knobs)
+
+
+def _short(probability: float) -> float:
+    """Four digits, so that a frame stays small."""
+    return float(f"{probability:.4g}")
