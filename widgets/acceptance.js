@@ -46,8 +46,10 @@ function render({ model, el }) {
     code.hidden = !code.hidden;
     if (!code.hidden) navigator.clipboard?.writeText(code.textContent).catch(() => {});
   } }, "Copy as code");
-  const root = h("div", { class: "wb wba", "data-testid": "explorer", role: "region" }, h("style", {}, STYLE), title, error,
+  const root = h("div", { class: "wb wba", "data-testid": "explorer", role: "region",
+    "data-lm-suppress-shortcuts": "true" }, h("style", {}, STYLE), title, error,
     h("div", { class: "wba-columns" }, h("div", {}, knobs, copy), samples), status, code);
+  root.addEventListener("keydown", (event) => event.stopPropagation()); // JupyterLab would take the arrows away
   el.append(root);
 
   let rows = {};
@@ -118,7 +120,6 @@ function render({ model, el }) {
     const point = event.target.closest("[data-drag]");
     if (!point || !NUDGE[event.key]) return;
     event.preventDefault();
-    event.stopPropagation();
     const far = event.shiftKey ? 15 : 3;
     const [dx, dy] = NUDGE[event.key];
     model.send({ point: point.dataset.drag, x: +point.dataset.x + far * dx, y: +point.dataset.y + far * dy });
