@@ -130,6 +130,7 @@ def generate(target: PreTrainedModel, draft: PreTrainedModel, inputs: Tensor | M
     streamer: of transformers, batches of one row. tokenizer, draft_tokenizer: where both are given, their vocabularies
     must agree.
     Cost: per block one target pass of nodes + 1 positions and a draft pass per level; keys and values of both models.
+    Passes of small models are recorded at first (see `speculation.tracing`, some tenths of a second) and then replayed.
     Raises ValueError, naming the argument, for what is not supported: models of different vocabularies or devices, in
     training mode, with memory other than keys and values; empty prompts; more tokens than a context holds; NaN logits.
     """

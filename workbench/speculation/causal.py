@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from workbench.speculation.engine import Ask, LanguageModel
+from workbench.speculation.tracing import Recording, recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,15 +49,18 @@ def causal(module: PreTrainedModel, name: str) -> LanguageModel:
     window = getattr(config, "sliding_window", None)
     if not types:  # one kind of layer: windows where there is one (such as Mistral's)
         types = ["full_attention" if window is None else "sliding_attention"]
-    kinds = frozenset(types)
-    keeps_logits = "logits_to_keep" in takes
+    kinds = tuple(sorted(set(types)))
     n_embedded = module.get_input_embeddings().weight.shape[0]
 
     def network(tokens: Tensor, ask: Ask) -> list[Tensor]:
         assert isinstance(ask.state, KeyValues)
-        return ask.state.forward(module, ask, n_embedded, keeps_logits)
+        return ask.state.forward(module, ask, n_embedded)
 
-    return LanguageModel(name, network, lambda n_rows: KeyValues(n_rows, kinds, window),
+    def begin(n_rows: int) -> KeyValues:
+        recorded = recording(module, kinds)
+        return KeyValues(n_rows, kinds, window, Layers(module, kinds) if recorded is None else Stack(module, recorded))
+
+    return LanguageModel(name, network, begin,
                          module.get_output_embeddings().weight.shape[0],
                          getattr(config, "max_position_embeddings", None), module)
 
@@ -67,9 +71,8 @@ class KeyValues:
     Rows keep paths of different lengths, so some columns of the cache are holes of a row, which its mask leaves out.
     """
 
-    def __init__(self, n_rows: int, kinds: frozenset[str], window: int | None) -> None:
-        self._rows, self._kinds, self._window = n_rows, kinds, window
-        self._cache: Any = None
+    def __init__(self, n_rows: int, kinds: tuple[str, ...], window: int | None, memory: Layers | Stack) -> None:
+        self._rows, self._kinds, self._window, self._memory = n_rows, kinds, window, memory
         self._kept = np.zeros((n_rows, 0), dtype=bool)  # (row, column): whether it holds a token that was kept
         self._places = np.zeros((n_rows, 0), dtype=np.int64)  # of each column's token in its sequence
         self._forget()
@@ -80,7 +83,7 @@ class KeyValues:
         self._depths = np.zeros((n_rows, 0), dtype=np.int64)
         self._columns: list[list[int]] = [[] for _ in range(n_rows)]  # of each node, counted from the tree's first
 
-    def forward(self, module: Any, ask: Ask, n_embedded: int, keeps_logits: bool) -> list[Tensor]:
+    def forward(self, module: Any, ask: Ask, n_embedded: int) -> list[Tensor]:
         """One pass over all rows' tokens, padded to one width; logits (n_asked, V) per row.
 
         A token without an embedding, which another model of the tokenizer may write, is read as the last that has one.
@@ -91,16 +94,15 @@ class KeyValues:
         ids = np.zeros((self._rows, width), dtype=np.int64)
         for row, given in enumerate(ask.tokens):
             ids[row, : len(given)] = given
+        np.minimum(ids, n_embedded - 1, out=ids)
         lengths = self._kept.sum(1, keepdims=True)
         positions = lengths + self._depths[:, old:]
         device = module.device
         wanted = sorted(set(chain.from_iterable(ask.asked)))
-        keep = {"logits_to_keep": torch.tensor(wanted, device=device)} if keeps_logits else {}
         with torch.no_grad():
-            out = module(input_ids=torch.from_numpy(np.minimum(ids, n_embedded - 1)).to(device), use_cache=True,
-                         position_ids=torch.from_numpy(positions).to(device), past_key_values=self._buffers(),
-                         attention_mask=self._masks(old, positions, lengths, module.dtype, device), **keep)
-        logits = (out.logits if keeps_logits else out.logits[:, wanted]).float()
+            logits = self._memory.forward(
+                torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device),
+                torch.tensor(wanted, device=device), self._masks(old, positions, lengths, module.dtype, device)).float()
         place = {column: i for i, column in enumerate(wanted)}
         if self._rows == 1:
             return [logits[0]]
@@ -123,31 +125,21 @@ class KeyValues:
         self._sees, self._depths = sees, depths
 
     def _masks(self, old: int, positions: np.ndarray, lengths: np.ndarray, dtype: torch.dtype, device: torch.device
-               ) -> Tensor | dict[str, Tensor]:
+               ) -> list[Tensor]:
         n_new = positions.shape[1]
         kept = np.broadcast_to(self._kept[:, None], (self._rows, n_new, self._kept.shape[1]))
         sees = np.concatenate([kept, self._sees[:, old:]], axis=2)
-        masks = {}
+        masks = []
         for kind in self._kinds:
             seen = sees
             if kind == "sliding_attention" and self._window is not None:
                 places = np.concatenate([self._places, lengths + self._depths], axis=1)
                 seen = sees & (positions[:, :, None] - places[:, None] < self._window)
-            masks[kind] = _float_mask(seen, dtype, device)
-        return masks if len(masks) > 1 else masks.popitem()[1]
-
-    def _buffers(self) -> Any:
-        if self._cache is None:
-            from transformers import DynamicCache
-
-            self._cache = DynamicCache()
-            self._cache.layer_class_to_replicate = _buffer_class()
-        return self._cache
+            masks.append(_float_mask(seen, dtype, device))
+        return masks
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep each row's path of nodes, in order; forget all other nodes."""
-        if self._cache is None:
-            return
         base, longest = self._kept.shape[1], max(map(len, paths))
         columns = np.zeros((self._rows, longest), dtype=np.int64)
         kept = np.zeros((self._rows, longest), dtype=bool)
@@ -156,11 +148,64 @@ class KeyValues:
             kept[row, : len(path)] = True
         places = np.cumsum(kept, axis=1) - 1 + self._kept.sum(1, keepdims=True)
         is_in_place = bool((columns == np.arange(longest))[kept].all())
-        for layer in self._cache.layers:
-            layer.compact(base, longest, None if is_in_place else torch.from_numpy(columns + base))
+        self._memory.compact(base, longest, None if is_in_place else torch.from_numpy(columns + base))
         self._kept = np.concatenate([self._kept, kept], axis=1)
         self._places = np.concatenate([self._places, places], axis=1)
         self._forget()
+
+
+class Layers:
+    """Keys and values in a cache of transformers, for passes by the module itself."""
+
+    def __init__(self, module: Any, kinds: tuple[str, ...]) -> None:
+        from transformers import DynamicCache
+
+        self._module, self._kinds = module, kinds
+        self._keeps_logits = "logits_to_keep" in signature(module.forward).parameters
+        self._cache = DynamicCache()
+        self._cache.layer_class_to_replicate = _buffer_class()
+
+    def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, masks: list[Tensor]) -> Tensor:
+        """Logits (B, n_wanted, V); the tokens' keys and values are added."""
+        keep = {"logits_to_keep": wanted} if self._keeps_logits else {}
+        out = self._module(
+            input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, **keep,
+            attention_mask=dict(zip(self._kinds, masks, strict=True)) if len(masks) > 1 else masks[0])
+        return out.logits if self._keeps_logits else out.logits[:, wanted]
+
+    def compact(self, base: int, n: int, columns: Tensor | None) -> None:
+        """Move the columns (B, n) to base and on; keep base + n. None: they are there already."""
+        for layer in self._cache.layers:
+            layer.compact(base, n, columns)
+
+
+class Stack:
+    """Keys and values of all layers in one tensor, for passes by replaying a recording; otherwise as Layers."""
+
+    def __init__(self, module: Any, recorded: Recording) -> None:
+        self._recorded, self._n = recorded, 0
+        self._dtype, self._device = module.dtype, module.device
+        self._store: Tensor | None = None
+
+    def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, masks: list[Tensor]) -> Tensor:
+        n_layers, heads, size = self._recorded.shape
+        end = self._n + ids.shape[1]
+        if self._store is None or end > self._store.shape[4]:
+            bigger = torch.zeros((n_layers, 2, len(ids), heads, end + _ROOM, size), dtype=self._dtype,
+                                 device=self._device)
+            if self._store is not None:
+                bigger[:, :, :, :, : self._n] = self._store[:, :, :, :, : self._n]
+            self._store = bigger
+        logits = self._recorded(ids, positions, wanted, self._store[:, :, :, :, :end], *masks)
+        self._n = end
+        return logits
+
+    def compact(self, base: int, n: int, columns: Tensor | None) -> None:
+        if columns is not None and self._store is not None:
+            rows = torch.arange(len(columns), device=self._device)[:, None]
+            moved = self._store[:, :, rows, :, columns.to(self._device)]  # (B, n, layers, 2, heads, D)
+            self._store[:, :, :, :, base:base + n] = moved.permute(2, 3, 0, 4, 1, 5)
+        self._n = base + n
 
 
 def _float_mask(sees: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -202,7 +247,6 @@ def _buffer_class() -> type:
             return self._n
 
         def compact(self, base: int, n: int, columns: Tensor | None) -> None:
-            """Move the columns (B, n) to base and on; keep base + n. None: they are there already."""
             if columns is not None:
                 rows = torch.arange(len(columns))[:, None]
                 for store in self._stores:
