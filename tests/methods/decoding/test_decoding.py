@@ -137,8 +137,8 @@ def test_with_one_draft_they_are_speculative_decoding(method, knobs):
 
 @pytest.mark.parametrize(("method", "knobs", "depth"), [
     ("speculative", {"draft_length": 4}, 4), ("spectr", {"draft_length": 3}, 3), ("spec_infer", {"widths": (2, 2)}, 2),
-    ("spec_infer", {"widths": (2, 2), "rule": "rrs_without"}, 2), ("spec_infer", {"widths": (2, 2), "rule": "greedy"}, 2),
-    ("spectr", {"draft_length": 3, "rule": "rrs"}, 3),
+    ("spec_infer", {"widths": (2, 2), "rule": "rrs_without"}, 2), ("spectr", {"draft_length": 3, "rule": "rrs"}, 3),
+    ("spec_infer", {"widths": (2, 2), "rule": "greedy"}, 2),
 ])
 def test_a_draft_that_is_the_target_is_always_accepted(method, knobs, depth):
     problem = random_pair(20, divergence=0.0)
