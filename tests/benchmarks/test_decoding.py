@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from workbench.integrations.transformers import Generated, generate
 from workbench.zoo import folder_of
 
-N_TOKENS, ROUNDS = 512, 6
+N_TOKENS, ROUNDS = 512, 3
 DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {  # the draft's size, and how it drafts
     "small, 3": ("small", {"draft_length": 3}), "tiny, 2": ("tiny", {"draft_length": 2}),
-    "tiny, 3 chains of 3": ("tiny", {"draft_length": 3, "n_drafts": 3}),
+    "small, 3 chains of 3": ("small", {"draft_length": 3, "n_drafts": 3}),
 }  # fmt: skip
 
 
