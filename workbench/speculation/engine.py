@@ -111,6 +111,7 @@ class Block:
     n_draft_passes: int
     laws: dict[int, np.ndarray]
 
+
 def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Sequence[Sequence[int]], n_tokens: int,
               grow: Grow | None, rule: Rule | None, uniforms: Sequence[Uniform], *, law: Law = Warp(),
               draft_law: Law | None = None,
