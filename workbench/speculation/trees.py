@@ -155,6 +155,24 @@ def expected_tokens(shape: Shape, rank_acceptance: ArrayLike) -> float:
     return 1.0 + math.fsum(reached)
 
 
+def optimal_tokens(shape: Shape, acceptance: Callable[[int], float]) -> float:
+    """The most tokens per target pass that verifying each position on its own can yield on this tree, 1 or more.
+
+    acceptance(n): the largest probability that one of n drafts of a position is accepted (`acceptance.optimal`, for the
+    way they are drawn), taken for the same at every node. From the leaves up: a node yields 1 + acceptance(children)
+    times the best of its children, so where children's subtrees differ this is a bound, where they are alike the value.
+    Our derivation. Raises ValueError where acceptance gives no probability.
+    """
+    yields = [1.0] * (shape.n_nodes + 1)  # the context's, at -1, are the last
+    for node in range(shape.n_nodes - 1, -2, -1):
+        if children := shape.children(node):
+            accepted = acceptance(len(children))
+            if not 0 <= accepted <= 1:
+                raise ValueError(f"acceptance({len(children)})={accepted!r}: expected a probability")
+            yields[node] += accepted * max(yields[child] for child in children)
+    return yields[-1]
+
+
 def sequoia(rank_acceptance: ArrayLike, n_nodes: int, max_depth: int | None = None) -> Shape:
     """The tree of exactly n_nodes drafted tokens with the largest expected_tokens, at most max_depth deep.
 

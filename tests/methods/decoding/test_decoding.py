@@ -15,10 +15,10 @@ from workbench import METHODS, run
 from workbench.problems.decoding import FIRST, Decoding, markov, random_pair, rank_acceptance
 from workbench.rng import Rng
 from workbench.speculation import engine
-from workbench.speculation.acceptance import block_efficiency
+from workbench.speculation.acceptance import block_efficiency, optimal
 from workbench.speculation.engine import Warp
 from workbench.speculation.rules import RULES, Rule
-from workbench.speculation.trees import expected_tokens, sequoia, widths
+from workbench.speculation.trees import expected_tokens, optimal_tokens, sequoia, widths
 
 SPECULATIVE = sorted(name for name, m in METHODS.items() if m.family == "decoding" and name != "autoregressive")
 N = 4_000
@@ -183,6 +183,22 @@ def test_trees_yield_what_their_ranks_say(is_sequoia):
         expected = 1 + sum(a) * (1 + sum(b))
     assert abs(got.value - expected) < 4 * got.stderr + 0.03 * expected
     assert abs(got.value - expected * 1.12) > 4 * got.stderr + 0.03 * expected
+
+
+def test_the_optimal_rule_yields_what_the_tree_allows_and_no_other_rule_more():
+    problem = random_pair(30, divergence=1.0, seed=3)
+    target, draft = (torch.softmax(x[0], 0).numpy() for x in problem.positions("small"))
+    bound = optimal_tokens(widths([2, 2]), lambda n: optimal(target, draft, n).acceptance)
+    a = optimal(target, draft, 2).acceptance
+    assert bound == pytest.approx(1 + a + a**2, abs=1e-12)
+    found = {rule: run("spec_infer", problem, 0, 20, n_tokens=120, widths=(2, 2), rule=rule).quality["block_efficiency"]
+             for rule in ("optimal", "k_seq", "rrs")}
+    assert abs(found["optimal"].value - bound) < 4 * found["optimal"].stderr + 0.015 * bound
+    assert all(found[rule].value < bound - 2 * found[rule].stderr for rule in ("k_seq", "rrs"))
+    chain = optimal_tokens(widths([1, 1]), lambda n: optimal(target, draft, n).acceptance)
+    assert chain == pytest.approx(block_efficiency(alpha(problem), 2))
+    with pytest.raises(ValueError, match=r"acceptance\(2\)=1.5"):
+        optimal_tokens(widths([2]), lambda n: 1.5)
 
 
 def test_tokens_tell_their_pass():
