@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 UI = ("ipywidgets", "panel", "holoviews", "anywidget", "IPython", "bokeh", "ipykernel", "pyviz_comms", "widgets")
-LAZY = ("diffusers", "transformers", "sklearn", "matplotlib", "accelerate")
+LAZY = ("diffusers", "transformers", "sklearn", "scipy", "matplotlib", "accelerate")
 FORBIDDEN_TO_METHODS = ("time", "random", "numpy.random", "workbench.cost", "workbench.run", "workbench.store", *UI)
 SEEDERS = ("manual_seed", "seed", "manual_seed_all")
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "jupyter-repo2docker": "repo2docker"}

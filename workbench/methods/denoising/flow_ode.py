@@ -10,7 +10,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from workbench.knob import Knob
@@ -247,6 +246,8 @@ class _Adaptive:
                 estimates.append(x0.detach())
             drift = _drift(self.sde, t, torch.from_numpy(own), eps.detach().double().cpu().flatten())
             return np.append(drift.numpy(), divergence)
+
+        from scipy.integrate import solve_ivp  # a third of the package's import time, and wanted here only
 
         began = x.detach().double().cpu().flatten().numpy()
         solved = solve_ivp(slope, (start, end), np.append(began, [0.0] * self.has_trace), method="RK45",
