@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from workbench.quality import METRICS
+from workbench.quality import METRICS, Quality, combined
 from workbench.run import Run
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting, averaged over its seeds: FLOPs and evaluations per sample, mean quality and its standard error.
+    """One setting, averaged over its seeds: FLOPs and evaluations per sample, mean quality with its standard error.
 
-    With several seeds the standard error is that between seeds; with one it is the run's own. n: samples in all.
+    low, high: the interval at `quality.LEVEL`. Runs' own errors and the spread between seeds are combined
+    (`quality.combined`). n: samples in all.
     """
 
     runs: tuple[Run, ...]
@@ -24,54 +24,78 @@ class Point:
     value: float
     stderr: float
     n: int
+    low: float = math.nan
+    high: float = math.nan
 
 
 def points(runs: Iterable[Run], metric: str) -> list[Point]:
     """Runs that differ in nothing but the seed become one point; those without the metric are left out.
 
-    Raises KeyError for an unknown metric.
+    The same run given twice counts once. Raises KeyError for an unknown metric.
     """
     if metric not in METRICS:
         raise KeyError(f"no metric {metric!r}; there are {', '.join(sorted(METRICS))}")
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, dict[int, Run]] = {}
     for run in runs:
         if metric in run.quality:
             i = run.inputs
             setting = repr((i.method, i.problem, i.digest, i.code, i.n_samples, sorted(i.knobs.items())))
-            groups.setdefault(setting, []).append(run)
-    return [_point(tuple(group), metric) for group in groups.values()]
+            groups.setdefault(setting, {}).setdefault(i.seed, run)
+    return [_point(tuple(group.values()), metric) for group in groups.values()]
 
 
 def _point(runs: tuple[Run, ...], metric: str) -> Point:
-    values = [r.quality[metric].value for r in runs]
+    figure = combined([r.quality[metric] for r in runs])
     samples = sum(r.inputs.n_samples for r in runs)
-    if len(runs) > 1:
-        stderr = statistics.stdev(values) / math.sqrt(len(runs))
-    else:
-        stderr = runs[0].quality[metric].stderr
     return Point(runs, sum(r.cost.total_flops for r in runs) / samples,
-                 sum(r.cost.total_evaluations for r in runs) / samples, statistics.fmean(values), stderr,
-                 sum(r.quality[metric].n for r in runs))
+                 sum(r.cost.total_evaluations for r in runs) / samples, figure.value, figure.stderr, figure.n,
+                 figure.low, figure.high)
+
+
+def paired(a: Point, b: Point, metric: str) -> Quality:
+    """The difference a - b of two settings of one problem that ran from the same seeds, with its interval.
+
+    From four common seeds on by the differences seed by seed; with fewer by both settings' own errors as if the runs
+    were independent, which is too wide where, as usual, the same noise helps or harms both.
+    Raises ValueError where they share no seed.
+    """
+    ours, theirs = ({r.inputs.seed: r.quality[metric] for r in p.runs} for p in (a, b))
+    seeds = [s for s in ours if s in theirs]
+    if not seeds:
+        raise ValueError(f"seeds {sorted(ours)} and {sorted(theirs)}: expected settings that share a seed")
+    n = sum(ours[s].n for s in seeds)
+    if len(seeds) >= 4:
+        return combined([Quality(ours[s].value - theirs[s].value, math.nan, ours[s].n) for s in seeds])
+    both = [combined([q[s] for s in seeds]) for q in (ours, theirs)]
+    stderr, (x, y) = math.hypot(*(q.stderr for q in both)), both
+    df = stderr**4 / sum(q.stderr**4 / max(q.df, 1.0) for q in both) if stderr else math.inf
+    return Quality(x.value - y.value, stderr, n, df=df)
 
 
 def pareto(candidates: Sequence[Point], metric: str) -> list[Point]:
-    """The points that no other beats in both FLOPs and quality, cheapest first."""
+    """The points that no other beats in both FLOPs and quality, cheapest first; points without a number take no part."""
     sign = -1 if METRICS[metric].higher_is_better else 1
     front: list[Point] = []
-    for point in sorted(candidates, key=lambda p: (p.flops, sign * p.value)):
+    for point in sorted(_numbers(candidates), key=lambda p: (p.flops, sign * p.value)):
         if not front or sign * point.value < sign * front[-1].value:
             front.append(point)
     return front
 
 
 def cheapest(candidates: Sequence[Point], metric: str, within: float) -> Point:
-    """The cheapest point whose mean is within `within` (in the metric's unit) of the best mean.
+    """The cheapest point whose mean is within `within` (in the metric's unit) of the best mean; of equal ones the best.
 
     A choice made on these seeds favours lucky ones: confirm it by running its setting on fresh seeds.
-    Raises ValueError where there are no candidates or within is negative.
+    Raises ValueError where there is no candidate with a number, or within is no number >= 0.
     """
-    if not candidates or within < 0:
-        raise ValueError(f"{len(candidates)} candidates, within={within}: expected at least one and a number >= 0")
+    known = _numbers(candidates)
+    if not known or not within >= 0:
+        raise ValueError(f"{len(candidates)} candidates, {len(known)} of them with a number, within={within}: "
+                         f"expected at least one and a number >= 0")
     sign = -1 if METRICS[metric].higher_is_better else 1
-    best = min(sign * p.value for p in candidates)
-    return min((p for p in candidates if sign * p.value <= best + within), key=lambda p: p.flops)
+    best = min(sign * p.value for p in known)
+    return min((p for p in known if sign * p.value <= best + within), key=lambda p: (p.flops, sign * p.value))
+
+
+def _numbers(candidates: Iterable[Point]) -> list[Point]:
+    return [p for p in candidates if p.value == p.value and p.flops == p.flops]

@@ -17,8 +17,11 @@ from torch import Tensor
 import workbench
 from workbench.cost import Cost, Meter, Network, Timing, measure
 from workbench.method import Method, Step, get
-from workbench.quality import Quality, drift
+from workbench.quality import Drawn, Quality, drift
 from workbench.rng import Rng
+
+
+_FIGURES = ("value", "stderr", "low", "high", "df")  # of a Quality; records of older versions lack the last three
 
 
 class Problem(Protocol):
@@ -117,14 +120,15 @@ class Run:
         """Everything but the answer, as JSON takes it (nan and infinity as strings)."""
         record = {"inputs": asdict(self.inputs), "cost": asdict(self.cost), "environment": dict(self.environment)}
         record["quality"] = {
-            name: {"value": repr(q.value), "stderr": repr(q.stderr), "n": q.n} for name, q in self.quality.items()
+            name: {"n": q.n} | {field: repr(getattr(q, field)) for field in _FIGURES} for name, q in self.quality.items()
         }
         return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], answer: Tensor) -> Run:
         """The inverse of `to_dict`."""
-        quality = {k: Quality(float(q["value"]), float(q["stderr"]), q["n"]) for k, q in record["quality"].items()}
+        quality = {name: Quality(n=q["n"], **{field: float(q[field]) for field in _FIGURES if field in q})
+                   for name, q in record["quality"].items()}
         return cls(Inputs.from_dict(record["inputs"]), Cost(**record["cost"]), quality, record["environment"], answer)
 
 
@@ -182,7 +186,8 @@ def compared(run: Run, reference: Run, problem: Any) -> Run:
     a, b = run.answer, reference.answer
     if problem.images is not None:
         a, b = problem.images(a) / 255, problem.images(b) / 255
-    return replace(run, quality={**run.quality, "drift": drift(a, b)})
+    drawn = Drawn(len(a), problem.labels(len(a)))
+    return replace(run, quality={**run.quality, "drift": drift(a, b, drawn)})
 
 
 def environment(answer: Tensor) -> dict[str, str]:

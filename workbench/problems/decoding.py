@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.quality import Quality
+from workbench.quality import Drawn, Quality, ratio
 from workbench.speculation.drafting import draw
 from workbench.speculation.engine import Ask, LanguageModel, Network, Warp
 from workbench.speculation.rules import RULES
@@ -182,26 +182,24 @@ def _tabled(name: str, tables: Mapping[str, Tensor], digest: str, source: str) -
                     lambda tokens: " ".join(map(str, tokens)), flops, dtype=torch.float64, source=source)
 
 
-def efficiency(answer: Tensor) -> dict[str, Quality]:
+def efficiency(answer: Tensor, drawn: Drawn | None = None) -> dict[str, Quality]:
     """{"block_efficiency": tokens per target pass}, of answers (n, n_tokens, 2), with its error over the n samples.
 
-    A ratio of sums: all tokens over all passes; standard error by the delta method.
+    A ratio of sums: all tokens over all passes. drawn: which samples continue one prompt.
     """
     tokens, passes = (answer[..., 0] >= 0).sum(1).double(), answer[..., 1].max(1).values.double() + 1
-    value, n = float(tokens.sum() / passes.sum()), len(answer)
-    spread = float((tokens - value * passes).std() / passes.mean()) / math.sqrt(n) if n > 1 else math.nan
-    return {"block_efficiency": Quality(value, spread, n)}
+    return {"block_efficiency": ratio(tokens, passes, drawn or Drawn(len(answer)))}
 
 
-def surprise(answer: Tensor, log_probs: Callable[[list[list[int]]], Sequence[Tensor]]) -> Quality:
+def surprise(answer: Tensor, log_probs: Callable[[list[list[int]]], Sequence[Tensor]], drawn: Drawn | None = None
+             ) -> Quality:
     """Bits per token by which the target is surprised at what was written, of answers (n, n_tokens, 2).
 
     log_probs(rows of tokens) -> nats of each token, per row. Mean over samples, with its standard error.
     """
     rows = [[int(token) for token in row if token >= 0] for row in answer[..., 0]]
     bits = torch.tensor([-float(nats.double().mean()) / math.log(2) for nats in log_probs(rows)], dtype=torch.float64)
-    return Quality(float(bits.mean()), float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan,
-                   len(bits))
+    return (drawn or Drawn(len(bits))).mean(bits)
 
 
 def follow(model: LanguageModel, rows: Sequence[Sequence[int]], first: int = 1) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.problems.denoising import Denoising
 from workbench.problems.pipelines import decode, from_pipelines
-from workbench.quality import Quality, frechet, kernel_distance, proportion
+from workbench.quality import Drawn, Quality, frechet, kernel_distance, proportion
 
 SIZES = ("s", "b", "l")
 GUIDANCE = 1.5
@@ -21,7 +21,7 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
 
     sizes: which models, cheapest first, of "s", "b", "l". text: the characters to draw, sample i draws
     text[i % len(text)] (default: all 36 in turn). guidance: of the presets, the reference and the baseline.
-    Judged by label accuracy; from 100 samples on also by the Frechet and the kernel distance of classifier features
+    Judged by label accuracy; from two samples per class on also by the Frechet and the kernel distance of classifier features
     to held-out data. Raises ValueError for an unknown size or character.
     """
     from workbench import zoo  # the models' libraries load only once models are wanted
@@ -41,10 +41,13 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
         with torch.no_grad():
             pictures = torch.cat([decode(pipes[-1], part) for part in answer.split(500)])
             features, read = classifier.judge(pictures)
-        figures = {"label_accuracy": proportion(read == labels)}
-        if len(answer) >= 100 and text is None:  # a chosen text does not follow the data's law
-            figures["frechet_distance"] = frechet(features, classifier.reference_mean, classifier.reference_cov)
-            figures["kernel_distance"] = kernel_distance(features, _reference_features())
+        drawn = Drawn(len(labels), labels)
+        figures = {"label_accuracy": proportion(read == labels, drawn)}
+        # a chosen text does not follow the data's law; a class drawn once or never has no spread that could be known
+        if text is None and len(answer) >= 2 * len(zoo.CLASSES):
+            reference, theirs = _reference()
+            figures["frechet_distance"] = frechet(features, classifier.reference_mean, classifier.reference_cov, drawn)
+            figures["kernel_distance"] = kernel_distance(features, reference, drawn, theirs)
         return figures
 
     return from_pipelines(
@@ -55,7 +58,9 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
 
 
 @cache
-def _reference_features() -> Tensor:
+def _reference() -> tuple[Tensor, Drawn]:
+    """Features of held-out letters and how they count: every class alike, as the samples' classes do."""
     from workbench import zoo
 
-    return zoo.load_classifier().judge(zoo.glyphs(2000, "held_out", seed=1)[0])[0]
+    pictures, labels = zoo.glyphs(2000, "held_out", seed=1)
+    return zoo.load_classifier().judge(pictures)[0], Drawn(len(labels), labels)

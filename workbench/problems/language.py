@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.problems.decoding import Decoding, efficiency, follow, surprise
 from workbench.problems.pipelines import digest_of_modules
-from workbench.quality import Quality
+from workbench.quality import Drawn, Quality
 from workbench.rng import Rng
 from workbench.speculation.causal import causal, flops_per_token
 from workbench.speculation.engine import speculate
@@ -104,7 +104,9 @@ def _problem(name: str, modules: dict[str, Any], tokenizer: Any, prompts: Callab
     by_name = {m.name: m for m in (*drafts, target)}
 
     def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
-        return {**efficiency(answer), "surprise": surprise(answer, log_probs)}
+        given = [tuple(prompt) for prompt in prompts(len(answer))]
+        drawn = Drawn(len(given), clusters=torch.tensor([given.index(prompt) for prompt in given]))
+        return {**efficiency(answer, drawn), "surprise": surprise(answer, log_probs, drawn)}
 
     def log_probs(rows: list[list[int]]) -> list[Tensor]:
         out = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workbench.problems.denoising import PREDICTIONS, ContinuousVP, Denoiser, Denoising, Network, Schedule
-from workbench.quality import Quality, energy_distance, wasserstein_1
+from workbench.quality import Drawn, Quality, energy_distance, wasserstein_1
 
 KINDS = ("ring", "pinwheel")
 _HELD_OUT = 2000  # samples that two_dim's judge compares with, drawn once with the seed below
@@ -198,8 +198,9 @@ def two_dim(kind: str = "ring", schedule: Schedule | None = None, *, has_labels:
     held_out = law.sample(_HELD_OUT, _HELD_OUT_SEED)
 
     def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
-        return {"energy_distance": energy_distance(answer, held_out)}
+        return {"energy_distance": energy_distance(answer, held_out, Drawn(len(answer), labels, shares))}
 
+    shares = tuple(float(law.weights[list(group)].sum()) for group in groups)
     everything = [range(len(law.weights))]
     models = {"wiener": law.merged(everything), "coarse": law.merged(groups), "exact": law}
     name = f"two_dim_{kind}" + ("_labelled" if has_labels else "")

@@ -1,6 +1,6 @@
 """Metrics: what each means, which direction is better, and how many samples it needs before it means anything.
 
-Every figure carries its sample count and a standard error.
+Every figure carries its sample count, a standard error and an interval; how samples were drawn (`Drawn`) decides them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Quality:
-    """One figure: its value, its standard error (nan where it cannot be had) and the samples it rests on."""
-
-    value: float
-    stderr: float
-    n: int
+from workbench.quality.statistics import LEVEL, Drawn, Quality, combined, ratio, t_quantile, transformed
 
 
 @dataclass(frozen=True)
@@ -41,149 +34,188 @@ METRICS = {
                "share of samples that a classifier reads as asked for"),
         Metric("frechet_distance", "Frechet distance", "", False, 500,
                "between Gaussians fitted to classifier features of samples and of held-out data; biased up at small n"),
-        Metric("kernel_distance", "kernel distance", "x 1000", False, 100,
+        Metric("kernel_distance", "kernel distance", "x 1000", False, 144,
                "unbiased squared MMD of classifier features, cubic kernel; may fall below 0 by chance"),
-        Metric("drift", "distance from reference", "RMS", False, 4,
+        Metric("drift", "distance from reference", "RMS", False, 36,
                "root mean square difference (of pixels, 0 to 1, or of states that are no pictures) from the reference "
                "run that starts from the same noise"),
         Metric("wasserstein_1", "Wasserstein-1 distance", "data units", False, 500,
                "mean distance by which samples must move to follow the true law, along one axis or averaged over axes"),
         Metric("energy_distance", "energy distance", "data units", False, 200,
                "zero only where samples and held-out data follow one law; works in any dimension"),
-        Metric("block_efficiency", "tokens per target pass", "", True, 4,
+        Metric("block_efficiency", "tokens per target pass", "", True, 6,
                "new tokens over passes of the target; 1 is plain decoding"),
-        Metric("surprise", "surprise under the target", "bits per token", False, 4,
+        Metric("surprise", "surprise under the target", "bits per token", False, 6,
                "what the target thinks of what was written; a lossless method has that of plain decoding, less is no "
                "better"),
-        Metric("nearest_training", "distance to the nearest training sample", "RMS pixel", True, 16,
+        Metric("nearest_training", "distance to the nearest training sample", "RMS pixel", True, 72,
                "0 where samples are copies of training data; what held-out data has is the mark, more is no better"),
     )
 }
 
 
-def proportion(hits: Tensor) -> Quality:
-    """The share of true entries of hits (n,). Its error is half of Wilson's interval at one standard error.
+def proportion(hits: Tensor, drawn: Drawn | None = None) -> Quality:
+    """The share of true entries of hits (n,), with Wilson's interval.
 
-    That is the binomial standard error for large n, and does not claim certainty where all hit or none did.
+    Stratified, n is raised by what the strata spare (at most twofold). stderr: half of Wilson's interval at one
+    standard error, so that all of a few hits are not shown as certain.
     """
-    n, share = len(hits), float(hits.double().mean())
-    return Quality(share, math.sqrt(share * (1 - share) / n + 0.25 / n**2) / (1 + 1 / n), n)
+    drawn = drawn or Drawn(len(hits))
+    plain = drawn.mean(hits)
+    share, n = min(max(plain.value, 0.0), 1.0), float(len(hits))
+    if drawn.is_stratified and 0 < share < 1:
+        n /= min(max(plain.stderr**2 / (share * (1 - share) / n), 0.5), 1.0)
+
+    def wilson(z: float) -> tuple[float, float]:
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        return centre, z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+
+    centre, half = wilson(t_quantile(math.inf))
+    return Quality(share, wilson(1.0)[1], len(hits), max(centre - half, 0.0), min(centre + half, 1.0))
 
 
-def frechet_distance(features: Tensor, reference_mean: Tensor, reference_cov: Tensor) -> float:
+def frechet_distance(features: Tensor, reference_mean: Tensor, reference_cov: Tensor, drawn: Drawn | None = None
+                     ) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of Gaussians fitted to features (n, d) and given as (d,), (d, d).
 
-    In float64. Source: arXiv 1706.08500, equation 6. Raises ValueError where features has fewer than 2 rows.
+    In float64. Source: arXiv 1706.08500, equation 6. Stratified features are weighted by class, and their covariance
+    is that of the whole law, unbiased: the weighted one plus the covariance of the weighted mean.
+    Raises ValueError where features has fewer than 2 rows.
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features of shape {tuple(features.shape)}: expected (n, d) with n at least 2")
     x, mean, cov = features.double(), reference_mean.double(), reference_cov.double()
-    own = torch.cov(x.T).reshape(cov.shape)
+    drawn = drawn or Drawn(len(x))
+    index, counts, shares = drawn.classes()
+    weights = drawn.weights()
+    centre = weights @ x
+    spread = x - centre
+    own = (spread * weights[:, None]).T @ spread
+    means = torch.zeros((len(counts), x.shape[1]), dtype=x.dtype).index_add_(0, index, x) / counts[:, None]
+    inner = (x - means[index]) * (shares / (counts * (counts - 1).clamp(min=1)).double().sqrt())[index][:, None]
+    own = own + inner.T @ inner
     values, vectors = torch.linalg.eigh(cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     # tr (C1 C2)^(1/2) through the symmetric C2^(1/2) C1 C2^(1/2), which has the same eigenvalues
     cross = torch.linalg.eigvalsh(root @ own @ root).clamp(min=0).sqrt().sum()
-    return float((x.mean(0) - mean).square().sum() + own.trace() + cov.trace() - 2 * cross)
+    return float((centre - mean).square().sum() + own.trace() + cov.trace() - 2 * cross)
 
 
-def frechet(features: Tensor, reference_mean: Tensor, reference_cov: Tensor) -> Quality:
-    """`frechet_distance` with a delete-a-group jackknife standard error over 20 groups."""
+def frechet(features: Tensor, reference_mean: Tensor, reference_cov: Tensor, drawn: Drawn | None = None) -> Quality:
+    """`frechet_distance` with a delete-a-group jackknife error. Its interval is of the figure's mean at this n."""
+    drawn = drawn or Drawn(len(features))
 
-    def distance(x: Tensor) -> float:
-        return frechet_distance(x, reference_mean, reference_cov)
+    def distance(kept: Tensor) -> float:
+        return frechet_distance(features[kept], reference_mean, reference_cov, drawn.kept(kept))
 
-    return Quality(distance(features), _jackknife(features, distance), len(features))
+    stderr, df = drawn.jackknife(distance)
+    value = frechet_distance(features, reference_mean, reference_cov, drawn)
+    return Quality(value, stderr, len(features), df=df)
 
 
-def kernel_distance(features: Tensor, reference: Tensor) -> Quality:
+def kernel_distance(features: Tensor, reference: Tensor, drawn: Drawn | None = None,
+                    reference_drawn: Drawn | None = None) -> Quality:
     """Unbiased squared maximum mean discrepancy x 1000 between features (n, d) and reference (m, d).
 
-    Kernel (x.y / d + 1)^3, arXiv 1801.01401, section 4. Standard error by jackknife over 20 groups of `features`.
+    Kernel (x.y / d + 1)^3, arXiv 1801.01401, section 4. The reference is taken as it is: the error is that of features.
+    Raises ValueError where features has fewer than 2 rows.
     """
-
-    def squared_mmd(x: Tensor) -> float:
-        def kernel(a: Tensor, b: Tensor) -> Tensor:
-            return (a @ b.T / a.shape[1] + 1) ** 3
-
-        xx, xy = kernel(x, x), kernel(x, y)
-        n = len(x)
-        return 1000 * float((xx.sum() - xx.trace()) / (n * (n - 1)) + yy - 2 * xy.mean())
-
-    if len(features) < 2:
-        raise ValueError(f"features of shape {tuple(features.shape)}: expected (n, d) with n at least 2")
-    features, y = features.double(), reference.double()
-    m = len(y)
-    gram = (y @ y.T / y.shape[1] + 1) ** 3
-    yy = float((gram.sum() - gram.trace()) / (m * (m - 1)))
-    return Quality(squared_mmd(features), _jackknife(features, squared_mmd), len(features))
+    d = features.shape[-1]
+    made = _discrepancy(features.double(), reference.double(), lambda a, b: (a @ b.T / d + 1) ** 3, drawn,
+                        reference_drawn)
+    return transformed(made, lambda v: 1000 * v)
 
 
-def drift(samples: Tensor, reference: Tensor) -> Quality:
-    """Root mean square difference of paired samples and reference (n, *D); standard error by the delta method."""
+def drift(samples: Tensor, reference: Tensor, drawn: Drawn | None = None) -> Quality:
+    """Root mean square difference of paired samples and reference (n, *D); the interval is that of the mean square."""
     if samples.shape != reference.shape:
         raise ValueError(f"samples of shape {tuple(samples.shape)} against reference of shape {tuple(reference.shape)}")
     squares = (samples.double() - reference.double()).square().flatten(1).mean(1)
-    n, value = len(squares), math.sqrt(float(squares.mean()))
-    spread = float(squares.std()) / math.sqrt(n) if n > 1 else math.nan
-    return Quality(value, spread / (2 * value) if value > 0 else 0.0, n)
+    return transformed((drawn or Drawn(len(squares))).mean(squares), _root)
 
 
-def wasserstein_1(samples: Tensor, reference: Tensor) -> Quality:
-    """Distance of the empirical laws of samples (n, D) and reference (m, D), averaged over the D axes.
+def wasserstein_1(samples: Tensor, reference: Tensor, drawn: Drawn | None = None) -> Quality:
+    """Distance of the empirical laws of samples (n, D) and reference (m, D), averaged over the D axes; exact.
 
-    Exact in one dimension (quantile functions). Standard error by jackknife over 20 groups of `samples`.
+    W_1 = integral of |F - G|, of the weighted distribution functions. The error is that of its linear part in F; the
+    interval is of the figure's mean at this n.
     """
-
-    def distance(x: Tensor) -> float:
-        q = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-        return float((torch.quantile(x, q, dim=0) - torch.quantile(y, q, dim=0)).abs().mean())
-
     x, y = samples.double().flatten(1), reference.double().flatten(1)
-    return Quality(distance(x), _jackknife(x, distance), len(x))
+    drawn = drawn or Drawn(len(x))
+    weights, value, influence = drawn.weights(), 0.0, torch.zeros(len(x), dtype=torch.float64)
+    for a, b in zip(x.T, y.T, strict=True):
+        order, there = a.argsort(), b.sort().values
+        here = a[order]
+        at = torch.cat((here, there)).sort().values
+        ours = torch.cat((torch.zeros(1, dtype=at.dtype), weights[order].cumsum(0)))
+        gap = (ours[torch.searchsorted(here, at[:-1].contiguous(), right=True)]
+               - torch.searchsorted(there, at[:-1].contiguous(), right=True).double() / len(there))
+        value += float((gap.abs() * at.diff()).sum()) / x.shape[1]
+        # moving weight to a raises F beyond a: the integral of the sign of F - G from a on
+        beyond = torch.cat(((gap.sign() * at.diff()).flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=at.dtype)))
+        influence += beyond[torch.searchsorted(at, a.contiguous())] / x.shape[1]
+    error = drawn.mean(influence)
+    half = t_quantile(error.df) * error.stderr if len(x) > 1 else math.nan
+    return Quality(value, error.stderr, len(x), max(value - half, 0.0), value + half, error.df)
 
 
-def energy_distance(samples: Tensor, reference: Tensor) -> Quality:
+def energy_distance(samples: Tensor, reference: Tensor, drawn: Drawn | None = None) -> Quality:
     """sqrt(2 E|X-Y| - E|X-X'| - E|Y-Y'|), unbiased inner terms, of samples (n, D) and reference (m, D).
 
-    Values below 0 under the root are shown as 0. Standard error: what one standard error of the square, by jackknife
-    over 20 groups of `samples`, adds to the distance (so near 0 it does not vanish).
+    Values below 0 under the root are shown as 0; the interval is the root of the square's. The reference is taken as it
+    is: the error is that of the samples.
     """
-
     x, y = samples.double().flatten(1), reference.double().flatten(1)
-    n, m, groups = len(x), len(y), 20
-    yy = float(torch.cdist(y, y).sum()) / (m * (m - 1))
-    # every sum of distances that the jackknife needs, from one pass: those within and between groups of x, and to y
-    member = torch.nn.functional.one_hot(torch.arange(n) % groups, groups).to(x)
-    within, across = member.T @ torch.cdist(x, x) @ member, torch.cdist(x, y).sum(1) @ member
-
-    def square(without: int | None = None) -> float:
-        kept = torch.ones(groups).to(x)
-        if without is not None:
-            kept[without] = 0
-        k = int(kept @ member.sum(0))
-        xx, xy = float(kept @ within @ kept) / max(k * (k - 1), 1), float(across @ kept) / (k * m)
-        return 2 * xy - xx - yy
-
-    value = math.sqrt(max(square(), 0.0))
-    return Quality(value, math.sqrt(value**2 + _spread(n, groups, square)) - value, n)
+    return transformed(_discrepancy(x, y, lambda a, b: -torch.cdist(a, b), drawn, None), _root)
 
 
-def nearest_training(samples: Tensor, training: Tensor) -> Quality:
+def nearest_training(samples: Tensor, training: Tensor, drawn: Drawn | None = None) -> Quality:
     """Mean over samples (n, *D) of the root mean square difference from the nearest of training (m, *D)."""
     x, y = samples.double().flatten(1), training.double().flatten(1)
     nearest = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").min(1).values / math.sqrt(x.shape[1])
-    return Quality(float(nearest.mean()), float(nearest.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan, len(x))
+    return (drawn or Drawn(len(x))).mean(nearest)
 
 
-def _jackknife(x: Tensor, statistic: Callable[[Tensor], float], groups: int = 20) -> float:
-    """Delete-a-group jackknife standard error; nan where there are fewer than two samples per group."""
-    label = torch.arange(len(x)) % groups
-    return _spread(len(x), groups, lambda g: statistic(x[label != g]))
+def _root(square: float) -> float:
+    return math.sqrt(max(square, 0.0)) if square == square else math.nan
 
 
-def _spread(n: int, groups: int, without: Callable[[int], float]) -> float:
-    """The jackknife's standard error from the statistic of n samples without group g, g = 0..groups-1."""
-    if n < 2 * groups:
-        return math.nan
-    values = torch.tensor([without(g) for g in range(groups)], dtype=torch.float64)
-    return math.sqrt((groups - 1) / groups * float((values - values.mean()).square().sum()))
+def _discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], drawn: Drawn | None,
+                 reference_drawn: Drawn | None) -> Quality:
+    """E k(X, X') + E k(Y, Y') - 2 E k(X, Y), unbiased, of x (n, D) and y (m, D) as they were drawn.
+
+    With classes: xx = sum_c p_c^2 mean_{i != j in c} + sum_{c != c'} p_c p_c' mean, xy = sum_c p_c mean. The error is
+    that of the projection on single samples, less what the noise of its estimate adds (a U-statistic's second term).
+    """
+    if len(x) < 2:
+        raise ValueError(f"features of shape {tuple(x.shape)}: expected (n, d) with n at least 2")
+    drawn = drawn or Drawn(len(x))
+    theirs = reference_drawn or Drawn(len(y))
+    gram, pairs, weights = kernel(x, x), _pairs(drawn), drawn.weights()
+    to_y = kernel(x, y) @ theirs.weights()
+    parts = (gram * pairs).sum(1)
+    value = float(parts.sum() + (kernel(y, y) * _pairs(theirs)).sum() - 2 * weights @ to_y)
+    error = drawn.mean(2 * (parts / weights - to_y))
+    variance = error.stderr**2
+    variance = max(variance - float(2 * (_centred(gram, drawn) * pairs).square().sum()), variance / 2)
+    return Quality(value, math.sqrt(variance), len(x), df=error.df)
+
+
+def _pairs(drawn: Drawn) -> Tensor:
+    """The weight of each pair of samples (n, n) in the mean over pairs of independent draws; none with itself."""
+    index, counts, _ = drawn.classes()
+    weights = drawn.weights()
+    pairs = torch.outer(weights, weights)
+    others = (counts.double() / (counts - 1).clamp(min=1))[index]  # within a class a sample has n_c - 1 others
+    pairs = torch.where(index[:, None] == index, pairs * others[:, None], pairs)
+    return pairs.fill_diagonal_(0.0)
+
+
+def _centred(gram: Tensor, drawn: Drawn) -> Tensor:
+    """The doubly centred part of a Gram matrix (n, n), class by class: what no function of one sample explains."""
+    index, counts, _ = drawn.classes()
+    member = torch.nn.functional.one_hot(index, len(counts)).double()
+    off = gram.clone().fill_diagonal_(0.0)
+    rows = off @ member / (counts.double() - member).clamp(min=1)  # mean over each class, in its own without itself
+    blocks = member.T @ rows / counts.double()[:, None]
+    return off - rows[:, index] - rows[:, index].T + blocks[index][:, index]
