@@ -33,7 +33,6 @@ from workbench.quality import (
     nearest_training,
     proportion,
     ratio,
-    wasserstein_1,
 )
 from workbench.run import Inputs, Run
 from workbench.zoo import CLASSES, glyphs, load_classifier

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from workbench import Cost, Inputs, Quality, Run, cheapest, pareto, points
+from workbench.frontier import paired
 
 
 def made(flops, value, *, seed=0, metric="drift", stderr=0.1, n=10, **different):
@@ -18,11 +19,45 @@ def made(flops, value, *, seed=0, metric="drift", stderr=0.1, n=10, **different)
     return Run(Inputs(**fields), cost, {metric: Quality(value, stderr, n)}, {}, torch.zeros(1))
 
 
-def test_seeds_become_one_point_with_the_spread_between_them():
+def test_seeds_become_one_point_with_the_error_of_all():
     [point] = points([made(3, v, seed=s) for s, v in enumerate((1.0, 2.0, 6.0))], "drift")
     assert point.flops == 3 and point.evaluations == 3 and point.n == 30 and point.value == 3
-    assert point.stderr == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
-    assert points([made(3, 1.0)], "drift")[0].stderr == 0.1  # a single run keeps its own
+    assert point.stderr == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))  # far more than the runs' own errors allow
+    [single] = points([made(3, 1.0)], "drift")
+    assert single.stderr == 0.1 and single.low < 0.8 and single.high > 1.2  # a single run keeps its own
+    [equal] = points([made(3, 1.0, seed=s) for s in range(3)], "drift")
+    assert 0.04 < equal.stderr < 0.1 / math.sqrt(3) and equal.low < 1 < equal.high  # no certainty by chance
+
+
+def test_the_same_run_counts_once():
+    [once], [twice] = (points([made(3, 1.0), *([made(3, 1.0)] * k)], "drift") for k in (0, 2))
+    assert (once.n, once.stderr, len(once.runs)) == (twice.n, twice.stderr, len(twice.runs)) == (10, 0.1, 1)
+
+
+def test_figures_that_are_no_numbers_take_no_part():
+    candidates = points([made(1, math.nan), made(2, 3.0), made(4, 1.0)], "drift")
+    assert [p.value for p in pareto(candidates, "drift")] == [3.0, 1.0]
+    assert cheapest(candidates, "drift", 0).value == 1.0
+    with pytest.raises(ValueError, match="1 candidates, 0 of them with a number"):
+        cheapest(candidates[:1], "drift", 0)
+    with pytest.raises(ValueError, match="within=nan"):
+        cheapest(candidates, "drift", math.nan)
+
+
+def test_of_equally_cheap_ones_the_best_is_taken():
+    candidates = points([made(2, v, knobs={"i": i}) for i, v in enumerate((5.0, 1.0, 3.0))], "drift")
+    assert cheapest(candidates, "drift", within=10).value == 1.0
+
+
+def test_paired_differences():
+    a, b = (points([made(f, v + 10 * s, seed=s) for s, v in enumerate(values)], "drift")[0]
+            for f, values in ((1, (1.0, 1.2, 1.1, 1.3)), (2, (0.5, 0.8, 0.6, 0.7))))
+    gap = paired(a, b, "drift")  # seeds differ by tens, the settings by a half
+    assert gap.value == pytest.approx(0.5) and gap.stderr < 0.1 and gap.df == 3 and gap.low > 0
+    few = [points([made(f, v, seed=s) for s in range(2)], "drift")[0] for f, v in ((1, 1.0), (2, 1.5))]
+    assert paired(*few, "drift").value == -0.5 and paired(*few, "drift").stderr > few[0].stderr
+    with pytest.raises(ValueError, match=r"\[0\] and \[9\]: expected settings that share a seed"):
+        paired(points([made(1, 1.0)], "drift")[0], points([made(1, 1.0, seed=9)], "drift")[0], "drift")
 
 
 @pytest.mark.parametrize("different", [

@@ -73,7 +73,7 @@ def paired(a: Point, b: Point, metric: str) -> Quality:
 
 
 def pareto(candidates: Sequence[Point], metric: str) -> list[Point]:
-    """The points that no other beats in both FLOPs and quality, cheapest first; points without a number take no part."""
+    """The points that no other beats in both FLOPs and quality, cheapest first; those without a number take no part."""
     sign = -1 if METRICS[metric].higher_is_better else 1
     front: list[Point] = []
     for point in sorted(_numbers(candidates), key=lambda p: (p.flops, sign * p.value)):

@@ -20,7 +20,6 @@ from workbench.method import Method, Step, get
 from workbench.quality import Drawn, Quality, drift
 from workbench.rng import Rng
 
-
 _FIGURES = ("value", "stderr", "low", "high", "df")  # of a Quality; records of older versions lack the last three
 
 
@@ -119,15 +118,14 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the answer, as JSON takes it (nan and infinity as strings)."""
         record = {"inputs": asdict(self.inputs), "cost": asdict(self.cost), "environment": dict(self.environment)}
-        record["quality"] = {
-            name: {"n": q.n} | {field: repr(getattr(q, field)) for field in _FIGURES} for name, q in self.quality.items()
-        }
+        record["quality"] = {name: {"n": q.n} | {figure: repr(getattr(q, figure)) for figure in _FIGURES}
+                             for name, q in self.quality.items()}
         return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], answer: Tensor) -> Run:
         """The inverse of `to_dict`."""
-        quality = {name: Quality(n=q["n"], **{field: float(q[field]) for field in _FIGURES if field in q})
+        quality = {name: Quality(n=q["n"], **{figure: float(q[figure]) for figure in _FIGURES if figure in q})
                    for name, q in record["quality"].items()}
         return cls(Inputs.from_dict(record["inputs"]), Cost(**record["cost"]), quality, record["environment"], answer)
 

@@ -21,8 +21,8 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
 
     sizes: which models, cheapest first, of "s", "b", "l". text: the characters to draw, sample i draws
     text[i % len(text)] (default: all 36 in turn). guidance: of the presets, the reference and the baseline.
-    Judged by label accuracy; from two samples per class on also by the Frechet and the kernel distance of classifier features
-    to held-out data. Raises ValueError for an unknown size or character.
+    Judged by label accuracy; from two samples per class on also by the Frechet and the kernel distance of classifier
+    features to held-out data. Raises ValueError for an unknown size or character.
     """
     from workbench import zoo  # the models' libraries load only once models are wanted
 

@@ -36,7 +36,7 @@ METRICS = {
                "between Gaussians fitted to classifier features of samples and of held-out data; biased up at small n"),
         Metric("kernel_distance", "kernel distance", "x 1000", False, 144,
                "unbiased squared MMD of classifier features, cubic kernel; may fall below 0 by chance"),
-        Metric("drift", "distance from reference", "RMS", False, 36,
+        Metric("drift", "distance from reference", "RMS", False, 48,
                "root mean square difference (of pixels, 0 to 1, or of states that are no pictures) from the reference "
                "run that starts from the same noise"),
         Metric("wasserstein_1", "Wasserstein-1 distance", "data units", False, 500,

@@ -1,7 +1,7 @@
 """How samples were drawn, and the errors and intervals that follow from it: the one place that decides both.
 
-Samples are independent given the design. Where a problem asks for classes in turn (labels 0, 1, ..., C - 1, 0, ...) they
-are *stratified*: no class is over- or underrepresented by chance, so an estimate must weigh classes by their share p_c
+Samples are independent given the design. Where a problem asks for classes in turn (labels 0, 1, ..., C - 1, 0, ...)
+they are *stratified*: no class is over- or underrepresented by chance, so an estimate must weigh classes by their share p_c
 of the law and its error comes from the spread within classes alone. Where several samples continue one prompt or come
 from one document they are *clustered*: the clusters are the independent units.
 """
@@ -95,7 +95,8 @@ class Drawn:
             if given is not None and len(given) != self.n:
                 raise ValueError(f"{name} of {len(given)} samples: expected {self.n}")
         if self.strata is not None and self.shares is not None and len(self.shares) <= int(self.strata.max()):
-            raise ValueError(f"shares of {len(self.shares)} classes: expected one for each of {int(self.strata.max()) + 1}")
+            raise ValueError(f"shares of {len(self.shares)} classes: expected one for each of "
+                             f"{int(self.strata.max()) + 1}")
 
     @property
     def is_stratified(self) -> bool:
@@ -112,8 +113,10 @@ class Drawn:
             return torch.zeros(self.n, dtype=torch.int64), torch.tensor([self.n]), torch.ones(1, dtype=torch.float64)
         assert self.strata is not None
         names, index, counts = self.strata.cpu().unique(return_inverse=True, return_counts=True)
-        shares = torch.ones(len(names)) if self.shares is None else torch.tensor(self.shares)[names]
-        return index, counts, shares.double() / shares.double().sum()
+        shares = torch.ones(len(names), dtype=torch.float64)
+        if self.shares is not None:
+            shares = torch.tensor(self.shares, dtype=torch.float64)[names]
+        return index, counts, shares / shares.sum()
 
     def weights(self) -> Tensor:
         """The weight of each sample in an estimate of the whole law (n,), float64, together 1."""
