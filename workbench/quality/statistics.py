@@ -1,9 +1,9 @@
 """How samples were drawn, and the errors and intervals that follow from it: the one place that decides both.
 
 Samples are independent given the design. Where a problem asks for classes in turn (labels 0, 1, ..., C - 1, 0, ...)
-they are *stratified*: no class is over- or underrepresented by chance, so an estimate must weigh classes by their share p_c
-of the law and its error comes from the spread within classes alone. Where several samples continue one prompt or come
-from one document they are *clustered*: the clusters are the independent units.
+they are *stratified*: no class is over- or underrepresented by chance, so an estimate must weigh classes by their
+share p_c of the law and its error comes from the spread within classes alone. Where several samples continue one
+prompt or come from one document they are *clustered*: the clusters are the independent units.
 """
 
 from __future__ import annotations
