@@ -59,6 +59,7 @@ class Decoding:
     images: None = None
     remembers = True  # a model's answer depends on what its session was given before: passes cannot be shared
     state_dtype = torch.int64
+    family = "decoding"
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:
