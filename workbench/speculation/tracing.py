@@ -8,8 +8,11 @@ logits, there is no recording. Nor is there one for parts whose answer may hang 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from functools import partial
 from inspect import signature
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,12 +33,13 @@ CHECKED_AT = ((1, 1, 9, 1), (3, 4, 0, 2), (1, 6, 30, 6))
 # Parts written by these do what their class, attributes, weights and configuration say; of others nothing is assumed.
 KNOWN = ("torch.nn.", "transformers.")
 # Questions about a tensor that its values have no part in. All others that give no tensor are a decision by values.
-OF_THE_FORM = frozenset("""size dim ndimension numel nelement stride element_size is_contiguous is_floating_point
-    is_complex is_inference get_device storage_offset __len__ __get__ _set_grad_enabled""".split())
+OF_THE_FORM = frozenset((
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "is_floating_point",
+    "is_complex", "is_inference", "get_device", "storage_offset", "__len__", "__get__", "_set_grad_enabled"))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 HELD = ("_parameters", "_buffers", "_modules")
 PLAIN = frozenset({type(None), bool, int, float, str, bytes, torch.dtype, torch.device})
-INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+PASSED_OVER = frozenset(vars(nn.Module())) - {"training"} | {"generation_config"}
 
 _RECORDINGS: WeakKeyDictionary[Any, tuple[Any, Recording | None]] = WeakKeyDictionary()
 
@@ -56,7 +60,8 @@ def recording(module: PreTrainedModel, kinds: Sequence[str]) -> Recording | None
     WORTH_IT weights.
 
     kinds: of attention masks, in the order in which they will be given. Some tenths of a second once per module, then
-    the price of a fingerprint. Values of weights may change in place: a replay reads them where they are.
+    the price of a fingerprint, which is taken once per batch of sequences. Values of weights may change in place: a
+    replay reads them where they are.
     """
     state = fingerprint(module)
     if state is None:
@@ -71,58 +76,75 @@ def recording(module: PreTrainedModel, kinds: Sequence[str]) -> Recording | None
 def fingerprint(module: PreTrainedModel) -> list[Any] | None:
     """What a replay takes for granted, to compare with ==; None where nothing recorded could be relied upon.
 
-    Taken in: every part, its class and its class's methods, its attributes (mode, active adapters, scales) and those
-    of its configuration, where each weight lies and its type, the functions that the parts' source files name, and the
-    attention functions that are registered. Nothing is relied upon under autocast, with hooks, with a forward that was
-    put on a part, with parts by others than torch and transformers (adapters of PEFT, quantised layers) or weights of a
-    class of their own. 0.3 to 1 ms for 160 parts.
+    Taken in: every part, its class and what that class and its source file define, its attributes (mode, scales) and
+    those of its configuration, where each weight lies and its type, and the attention functions that are registered.
+    Nothing is relied upon under autocast, with hooks, with a forward that was put on a part, with parts by others than
+    torch and transformers (adapters of PEFT, quantised layers), with attributes or weights of an unknown class.
+    About 10 microseconds a part.
     """
-    state: list[Any] = [torch.get_default_dtype()]
-    weights: dict[int, Tensor] = {}
-    files, seen = set(), {}  # type: set[str], dict[int, Any]
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return None
-    for part in module.modules():
-        kind, attributes = type(part), vars(part)
-        if not kind.__module__.startswith(KNOWN) or "forward" in attributes or any(attributes[h] for h in HOOKS):
-            return None
-        files.add(kind.__module__)
-        state += (id(part), kind, kind.forward, kind.__call__)
-        for held in HELD:
-            for name, value in attributes[held].items():
-                state += name, id(value)
-                if held != "_modules" and value is not None:
-                    weights[id(value)] = value
-        for name, value in attributes.items():
-            if name not in INTERNAL:
-                state += name, _plain(value, seen)
+    state: list[Any] = [torch.get_default_dtype()]
+    weights: dict[int, Tensor] = {}
+    seen: dict[int, Any] = {}
+    kinds = set()
+    try:
+        for part in module.modules():
+            kind, attributes = type(part), vars(part)
+            if not kind.__module__.startswith(KNOWN) or "forward" in attributes or any(attributes[h] for h in HOOKS):
+                return None
+            kinds.add(kind)
+            state += id(part), kind
+            for held in HELD:
+                for name, value in attributes[held].items():
+                    state += name, id(value)
+                    if held != "_modules" and value is not None:
+                        weights[id(value)] = value
+            for name, value in attributes.items():
+                if name not in PASSED_OVER:
+                    state += name, _plain(value, seen)
+    except _Unknown:
+        return None
     if (sum(w.numel() for w in weights.values()) > WORTH_IT
             or any(type(w) not in (Tensor, nn.Parameter) for w in weights.values())
             or torch.is_autocast_enabled(module.device.type)):
         return None
     state += [(w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights.values()]
-    state += [id(x) for name in sorted(files) for x in vars(sys.modules[name]).values()]
+    classes = {base: None for kind in kinds for base in kind.__mro__ if base.__module__.startswith(KNOWN)}
+    files = {name: None for base in classes if (name := base.__module__) in sys.modules}
+    for source in [*classes, *(sys.modules[name] for name in files)]:
+        state.append(set(map(id, vars(source).values())))
     if (attention := sys.modules.get("transformers.modeling_utils")) is not None:
         registered = attention.ALL_ATTENTION_FUNCTIONS
-        state.append([(name, id(registered[name])) for name in sorted(registered.valid_keys())])
+        state.append([(name, id(registered[name])) for name in registered.valid_keys()])
     return state
 
 
+class _Unknown(Exception):
+    """An attribute of which it cannot be told when it changes."""
+
+
 def _plain(value: Any, seen: dict[int, Any]) -> Any:
-    """A copy of plain values, containers and configurations that later changes do not reach; else the object's id."""
-    if type(value) in PLAIN:
+    """A copy of plain values, containers and configurations that later changes do not reach; the id of what does not
+    change. Raises _Unknown for all else."""
+    kind = type(value)
+    if kind in PLAIN:
         return value
     if id(value) in seen:
         return seen[id(value)]
     seen[id(value)] = id(value)
-    if isinstance(value, dict):
+    if issubclass(kind, dict):
         return [(k, _plain(v, seen)) for k, v in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [type(value).__name__, *(_plain(v, seen) for v in value)]
-    if not isinstance(value, (type, Tensor, nn.Module)) and type(value).__module__.startswith("transformers."):
-        return [id(value), _plain(getattr(value, "__dict__", {}), seen)]
-    return id(value)
+    if issubclass(kind, (list, tuple, set, frozenset)):
+        return [kind, *(_plain(v, seen) for v in value)]
+    if issubclass(kind, (Tensor, nn.Module, Enum, type, FunctionType, BuiltinFunctionType, MethodType)):
+        return id(value)
+    if kind is partial:
+        return [id(value.func), _plain(value.args, seen), _plain(value.keywords, seen)]
+    if kind.__module__.startswith("transformers."):
+        return [id(value), _plain(vars(value), seen)]
+    raise _Unknown
 
 
 class _Recorder(TorchFunctionMode):
@@ -181,7 +203,7 @@ class _Writer:
         for name, at in self._last.items():
             if at < len(lines) - 1:
                 lines[at] += f"; {name} = None"
-        exec("\n".join(lines), self._globals)  # noqa: S102 written above, of numbers and of names that are made here
+        exec("\n".join(lines), self._globals)  # of numbers and of names that are made here
         return self._globals["replay"]
 
     def _text(self, values: Sequence[Any]) -> str:
@@ -197,7 +219,7 @@ class _Writer:
             return name
         if isinstance(first, (tuple, list)):
             parts = [self._text([value[i] for value in values]) for i in range(self._one([len(v) for v in values]))]
-            return f"({''.join(part + ', ' for part in parts)})" if isinstance(first, tuple) else f"[{', '.join(parts)}]"
+            return f"[{', '.join(parts)}]" if isinstance(first, list) else f"({''.join(part + ', ' for part in parts)})"
         if isinstance(first, slice):
             return f"slice({', '.join(self._text([getattr(v, a) for v in values]) for a in ('start', 'stop', 'step'))})"
         if type(first) is int and any(value != first for value in values):
