@@ -167,11 +167,12 @@ def sleepy(seconds):
 
 def test_timed_gives_seconds_per_model():
     timing = timed("t_stitch", sleepy(0.01), n_samples=2, repeats=3, n_steps=6, fractions=(0.5,))
-    assert timing.repeats == 3 and timing.spread >= 0 and ("CPU" in timing.machine or torch.cuda.is_available())
+    assert timing.repeats == 3 and timing.spread >= 0 and "CPU" in timing.machine
     assert set(timing.by_model) == {"wiener", "exact"}
     for seconds in timing.by_model.values():
         assert 0.03 <= seconds <= timing.seconds  # three sleeps of 0.01 s each
-    assert timing.seconds >= sum(timing.by_model.values()) * 0.99
+    once = timed("t_stitch", sleepy(0.01), n_samples=2, repeats=1, n_steps=6, fractions=(0.5,))
+    assert once.seconds >= sum(once.by_model.values())  # of medians of several this need not hold
     assert 0 < timing.peak_bytes < MB
 
 

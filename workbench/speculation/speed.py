@@ -95,6 +95,7 @@ Seconds = float | Callable[[int], float]  # of a pass by its tokens; a number wh
 def measure_curve(pass_: Callable[[int], object], sizes: Sequence[int], repeats: int) -> CostCurve:
     """Time pass_(n) for each n of sizes, untraced: one warm-up each, then `repeats` rounds over all sizes.
 
+    What pass_ does is what is timed: for the speed of decoding, passes by themselves mislead (see `measure_engine`).
     Rounds interleave the sizes, so that a machine that slows down meanwhile slows them all. CUDA work is waited for.
     Raises ValueError where repeats is below 1 or sizes is empty.
     """

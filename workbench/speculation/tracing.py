@@ -138,7 +138,9 @@ def _plain(value: Any, seen: dict[int, Any]) -> Any:
         return [(k, _plain(v, seen)) for k, v in value.items()]
     if issubclass(kind, (list, tuple, set, frozenset)):
         return [kind, *(_plain(v, seen) for v in value)]
-    if issubclass(kind, (Tensor, nn.Module, Enum, type, FunctionType, BuiltinFunctionType, MethodType)):
+    if kind is FunctionType:
+        return id(value), value.__code__
+    if issubclass(kind, (Tensor, nn.Module, Enum, type, BuiltinFunctionType, MethodType)):
         return id(value)
     if kind is partial:
         return [id(value.func), _plain(value.args, seen), _plain(value.keywords, seen)]
