@@ -80,7 +80,7 @@ def fingerprint(module: PreTrainedModel) -> list[Any] | None:
     those of its configuration, where each weight lies and its type, and the attention functions that are registered.
     Nothing is relied upon under autocast, with hooks, with a forward that was put on a part, with parts by others than
     torch and transformers (adapters of PEFT, quantised layers), with attributes or weights of an unknown class.
-    About 10 microseconds a part.
+    About 15 microseconds a part, 2.6 ms for 160 parts.
     """
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
