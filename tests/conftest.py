@@ -36,15 +36,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests first, browser tests last: once Playwright's event loop runs, papermill cannot start its own.
-
-    What compares floats that networks and samplers make is marked by where it stands.
-    """
+    """Unit tests first, browser tests last: once Playwright's event loop runs, papermill cannot start its own."""
     items.sort(key=_stage)
-    for item in items:
-        where = item.path.relative_to(ROOT / "tests").as_posix() if item.path.is_relative_to(ROOT / "tests") else ""
-        if where.startswith(NUMERIC) or (where == "test_contract.py" and "same_answer_whatever" in item.name):
-            item.add_marker(pytest.mark.numeric)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What compares floats that networks and samplers make is marked by where it stands."""
+    where = item.path.relative_to(ROOT / "tests").as_posix() if item.path.is_relative_to(ROOT / "tests") else ""
+    if where.startswith(NUMERIC) or (where == "test_contract.py" and "same_answer_whatever" in item.name):
+        item.add_marker(pytest.mark.numeric)
 
 
 class _Announcer:
