@@ -29,7 +29,7 @@ FORMATS = {".png", ".svg", ".csv"}
 MAX_SECONDS_PER_CELL = 60 * 60
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^Exception in thread ", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# Kernel and client talk over sockets of this user alone, where the system has them; over TCP anybody on the machine could
+# Kernel and client talk over sockets of this user alone, where the system has them
 _TRANSPORT = {} if sys.platform == "win32" else {"config": Config({"KernelManager": {"transport": "ipc"}})}
 _WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 

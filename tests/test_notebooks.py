@@ -12,11 +12,11 @@ import pytest
 from run_all import (
     NOTEBOOKS,
     faults,
+    full_parameters,
     incomplete_figures,
     notebooks,
     parameter_names,
     run,
-    full_parameters,
     smoke_parameters,
     tagged,
     unknown_parameters,
@@ -121,7 +121,8 @@ VARIANTS = [(name, k) for name in ALL for k in range(len(variants(nbformat.read(
 @pytest.mark.parametrize(("name", "k"), VARIANTS)
 def test_notebook_runs_with_other_parameters(name, k, tmp_path):
     """Lists of one entry, one seed, the smallest sizes: what they cannot show is skipped by name, and nothing fails."""
-    executed, _, _ = run_measured(NOTEBOOKS / name, tmp_path, variants(nbformat.read(NOTEBOOKS / name, as_version=4))[k])
+    source = NOTEBOOKS / name
+    executed, _, _ = run_measured(source, tmp_path, variants(nbformat.read(source, as_version=4))[k])
     assert faults(executed) == []
     assert not_executed(executed, "checks") == []
 
