@@ -10,13 +10,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from torch import Tensor
-from toys import PLANE, cosine_schedule, log_snr_points, plane
+from toys import PLANE, VP_PREDICTIONS, log_snr_points, plane
 
 from workbench.problems.denoising import (
     CLEAN,
     FINALS,
     PHASES,
-    PREDICTIONS,
     SPACINGS,
     ContinuousVP,
     Denoiser,
@@ -31,7 +30,7 @@ from workbench.problems.denoising import (
 from workbench.problems.mixtures import two_dim
 from workbench.rng import Rng
 
-LINEAR, VP, COSINE = DiscreteSchedule.linear(), ContinuousVP(), cosine_schedule()
+LINEAR, VP, COSINE = DiscreteSchedule.linear(), ContinuousVP(), DiscreteSchedule.cosine()
 SCHEDULES = {"linear": LINEAR, "vp": VP, "cosine": COSINE}
 
 
@@ -162,7 +161,7 @@ def estimates(prediction: str, own: object, read_as: str | None = None) -> tuple
 
 
 @pytest.mark.parametrize("own", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 def test_every_kind_of_network_gives_the_same_estimates(own, prediction):
     truth, read = estimates("eps", VP), estimates(prediction, own)
     for estimate, true in zip(read, truth, strict=True):

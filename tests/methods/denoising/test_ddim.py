@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from toys import PLANE, STARTS, cosine_schedule, gaussian, log_snr_points, plane, solve, true_flow
+from toys import PLANE, STARTS, VP_PREDICTIONS, gaussian, log_snr_points, plane, solve, true_flow
 
 from workbench.methods.denoising._march import Advance, march
 from workbench.methods.denoising.ddim import ddim_step
-from workbench.problems.denoising import CLEAN, PREDICTIONS, ContinuousVP, Denoiser, DiscreteSchedule, grid
+from workbench.problems.denoising import CLEAN, ContinuousVP, Denoiser, DiscreteSchedule, grid
 from workbench.problems.mixtures import two_modes
 from workbench.rng import Rng
 
@@ -59,7 +59,7 @@ def assert_parity(solver, prediction, n_steps, spacing, eta):
     torch.testing.assert_close(ours, in_diffusers(problem, 6, n_steps, spacing, eta), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])  # diffusers' linspace does not step to its own next time
 def test_parity_with_diffusers(prediction, eta, spacing):
@@ -84,7 +84,7 @@ def test_every_number_of_steps_has_diffusers_timesteps(spacing):
     assert LINEAR.times(1, spacing) == [0.0 if spacing == "leading" else 999.0]
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, ContinuousVP(), cosine_schedule()])
+@pytest.mark.parametrize("schedule", [LINEAR, ContinuousVP(), DiscreteSchedule.cosine()])
 def test_log_snr_spacing_is_even_in_log_snr(schedule):
     points = grid(schedule, 12, "log_snr")
     reached = torch.tensor([p.log_snr for p in points[:-1]] + [schedule.at(schedule.cleanest).log_snr])

@@ -17,7 +17,7 @@ from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
-from workbench.problems.denoising import FINALS, PHASES, Denoising, Point, Schedule, power_grid
+from workbench.problems.denoising import FINALS, PHASES, Denoising, Point, Schedule, noisiest, power_grid, with_signal
 from workbench.rng import Rng
 
 VARIANTS = ("tab", "rho_ab", "log_rho_ab", "ipndm", "rho_rk")
@@ -76,11 +76,12 @@ def deis_step(x: Tensor, step: Advance, *, variant: str = "tab", degree: int = 3
     Multistep variants take a polynomial of that degree, less while the history is shorter, for 1 evaluation per row;
     "rho_rk" takes the Runge-Kutta method of degree + 1 stages (Euler, `two_stage` "heun" or "midpoint", Kutta's
     third-order, the classical fourth-order) in rho, 1 evaluation per stage.
-    Into sigma 0 every variant goes to the data estimate (first order), for 1 evaluation.
+    Into sigma 0 every variant goes to the data estimate (first order), for 1 evaluation. Raises ValueError at alpha 0.
     Source: arXiv 2204.13902, tAB-DEIS, rhoAB-DEIS, rhoRK-DEIS and iPNDM.
     """
-    now = step.denoise(x, step.here)
     here, there = step.here, step.there
+    with_signal(step.schedule, here, f"deis, variant={variant!r}")
+    now = step.denoise(x, here)
     if there.sigma == 0:
         return now.x0, now
     if variant == "rho_rk":
@@ -113,7 +114,7 @@ def _runge_kutta(x: Tensor, now: Evaluated, step: Advance, name: str) -> Tensor:
     return moved(there, weights)
 
 
-@method(version=1, source="DEIS, arXiv 2204.13902, sec. 3 and app. H.3")
+@method(version=2, source="DEIS, arXiv 2204.13902, sec. 3 and app. H.3")
 def deis(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 10, guidance: Guidance = 1.0,
     variant: Annotated[str, Knob(choices=VARIANTS, help=(
@@ -140,8 +141,10 @@ def deis(
     noise of that level. Step i of a multistep variant has degree min(i, degree).
     Cost: ``nfe(n_steps, variant, degree, final) * branches`` evaluations per sample: n_steps for multistep variants,
     (degree + 1) * n_steps for "rho_rk"; a step into sigma 0 (final "zero", n_steps included) takes 1 in all of them.
-    branches is 2 with guidance and 1 without. Raises ValueError where guidance needs a null label that is not there.
+    branches is 2 with guidance and 1 without. Raises ValueError where guidance needs a null label that is not there, or
+    the schedule starts without signal.
     """
+    with_signal(problem.schedule, noisiest(problem.schedule), f"deis, variant={variant!r}")
     points = power_grid(problem.schedule, n_steps, phase, t_power if phase == "t" else rho_power, final)
     owner = problem.models[-1 if model == "best" else 0]
     yield from march(problem, rng, points, [owner] * n_steps, deis_step, guidance=guidance, variant=variant,
