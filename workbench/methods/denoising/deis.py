@@ -47,7 +47,9 @@ def coefficients(schedule: Schedule, variant: str, here: Point, there: Point, pa
     x_there = alpha_there / alpha_here x_here + sum_j C_j eps_j, where C_j is the integral of alpha_there times the
     Lagrange polynomial of point j over rho: a polynomial in the schedule's time t ("tab"), in rho ("rho_ab") or in
     log rho ("log_rho_ab", as diffusers' DEISMultistepScheduler). "ipndm" instead gives DDIM's coefficient times the
-    Adams-Bashforth weights of even steps. For every variant the sum over j is DDIM's coefficient.
+    Adams-Bashforth weights of even steps: of order degree + 1 on levels even in rho, where they are "rho_ab"'s, and of
+    order 2 on all others whatever the degree, for neighbouring steps differ there by a share of their length, and with
+    it the weight of the first difference is off. For every variant the sum over j is DDIM's coefficient.
     Gauss-Legendre quadrature in log rho with 64 points: to rounding where t is a smooth function of log rho, to about
     1e-6 for a table of noise levels. Source: arXiv 2204.13902, the coefficients C_ij of tAB-DEIS and rhoAB-DEIS.
     """
@@ -121,7 +123,8 @@ def deis(
         "multistep with the noise as a polynomial in t, rho or log rho, or with weights for even steps (ipndm); or "
         "Runge-Kutta in rho"))] = "tab",
     degree: Annotated[int, Knob(low=0, high=3, step=1, small=1, help=(
-        "degree of the polynomial, or stages less one (rho_rk): the order of accuracy less one; 0 is DDIM"))] = 3,
+        "degree of the polynomial, or stages less one (rho_rk): the order of accuracy less one, but ipndm's is at most 2 on "
+        "uneven steps; 0 is DDIM"))] = 3,
     two_stage: Annotated[str, Knob(choices=("heun", "midpoint"), needs={"variant": "rho_rk", "degree": 1},
                                    help="which Runge-Kutta method of two stages")] = "heun",
     # small: of few steps, those even in powers of t amplify the rounding of float32 networks most
