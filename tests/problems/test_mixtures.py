@@ -11,7 +11,7 @@ from scipy import integrate, stats
 from toys import PLANE, VP_PREDICTIONS
 
 from workbench import METHODS, METRICS, run
-from workbench.problems.denoising import CLEAN, ContinuousVP, DiscreteSchedule
+from workbench.problems.denoising import CLEAN, ContinuousVP, DiscreteSchedule, RectifiedFlow
 from workbench.problems.mixtures import (
     KINDS,
     Mixture,
@@ -94,6 +94,15 @@ def test_the_three_predictions_say_the_same(schedule):
     alpha, sigma = (level[:, None] for level in levels(schedule, t))
     torch.testing.assert_close(alpha * x0 + sigma * eps, x, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(alpha * eps - sigma * x0, v, rtol=1e-10, atol=1e-10)
+
+
+def test_the_flows_velocity_is_noise_less_data():
+    """At t = 1 too, where the state is noise alone."""
+    flow, t = RectifiedFlow(), times(*[1 - k / 10 for k in range(10)])
+    x = torch.randn((10, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    eps, x0, velocity = (PLANE.network(flow, p)(x, t, None) for p in ("eps", "x0", "flow"))
+    torch.testing.assert_close(eps - x0, velocity, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(x0[0], PLANE.weights @ PLANE.means, rtol=1e-12, atol=1e-12)  # nothing is known there
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -123,8 +123,8 @@ def deis(
         "multistep with the noise as a polynomial in t, rho or log rho, or with weights for even steps (ipndm); or "
         "Runge-Kutta in rho"))] = "tab",
     degree: Annotated[int, Knob(low=0, high=3, step=1, small=1, help=(
-        "degree of the polynomial, or stages less one (rho_rk): the order of accuracy less one, but ipndm's is at most 2 on "
-        "uneven steps; 0 is DDIM"))] = 3,
+        "degree of the polynomial, or stages less one (rho_rk): the order of accuracy less one, but of ipndm on uneven "
+        "steps at most 2; 0 is DDIM"))] = 3,
     two_stage: Annotated[str, Knob(choices=("heun", "midpoint"), needs={"variant": "rho_rk", "degree": 1},
                                    help="which Runge-Kutta method of two stages")] = "heun",
     # small: of few steps, those even in powers of t amplify the rounding of float32 networks most
