@@ -220,8 +220,8 @@ def measured(row: Row, schedule: str, n_steps: int, n_samples: int, problem: Den
     """The distance of a row's samples on a schedule, and its bound. Raises what the sampler raises.
 
     The bound is the sum of
-    - the discretisation's, for steps of length h in log-SNR: h / 4 for samplers of first order, h^2 / 5 for others, twice
-      about the errors that are known of such samplers on this law (0.15 h of DDIM, 0.1 h^2); six times as much for
+    - the discretisation's, for steps of length h in log-SNR: h / 4 for samplers of first order, h^2 / 5 for others, or
+      about twice the errors that are known of such samplers on this law (.15 h of DDIM, .1 h^2); six times as much for
       Euler's method in time, without an exponential integrator. h: the longest step, within -3 to 3, where data of this
       scale is decided: outside either the signal or the noise is below a twentieth of the other. A hundredth for fourth
       order in time, and five times the tolerance of a step where steps adapt to one;
