@@ -7,10 +7,23 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from sampler_table import FAST, LAW, REFUSED, ROWS, SCHEDULES, WITHOUT_SIGNAL, Even, exact, measured, rows_for, toy
+from sampler_table import (
+    FAST,
+    LAW,
+    REFUSED,
+    ROWS,
+    SCHEDULES,
+    WITHOUT_SIGNAL,
+    Even,
+    exact,
+    knobs_on,
+    measured,
+    rows_for,
+    toy,
+)
 from toys import From
 
-from workbench import METHODS, run
+from workbench import METHODS, inputs, run
 from workbench.problems.denoising import (
     ContinuousVP,
     Denoiser,
@@ -128,6 +141,15 @@ def test_what_is_even_in_log_snr_cannot_start_without_signal(knobs, words):
         with pytest.raises(ValueError, match=REFUSED) as error:
             run("t_stitch", toy(schedule), n_samples=2, **knobs)
         assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("schedule", WITHOUT_SIGNAL)
+def test_a_start_without_signal_costs_what_the_formula_says(schedule):
+    for row in (row for row in ROWS.values() if not row.needs_signal):
+        given = inputs(row.method, toy(schedule), 0, 2, **knobs_on(row, schedule, 4))
+        method, spent = METHODS[row.method], run(row.method, toy(schedule), 0, 2, **given.knobs).cost.total_evaluations
+        formula = 2 * method.evaluations(given.knobs, toy(schedule).sizes(given.knobs))
+        assert 0 < spent <= formula if method.is_bound else spent == formula, row
 
 
 def test_a_list_that_starts_without_signal_is_not_resampled():
