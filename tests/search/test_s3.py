@@ -277,6 +277,26 @@ def test_same_seed_same_history_and_no_plan_twice(strategy):
     assert search(Cheap(), SPACE, n_candidates=40, strategy=strategy, seed=3).entries == first.entries[:40]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_ends_where_there_is_nothing_new(strategy):
+    """One step to the cleanest level is one of two plans: without an end to its patience the search never returns."""
+    space = Space(PROBLEM.schedule, 1, end=PROBLEM.schedule.cleanest)
+    history = search(FITNESS, space, n_candidates=5, strategy=strategy)
+    assert {plan_of(e).decisions[0].prediction for e in history.entries} == {"eps", "x0"} and len(history) == 2
+    assert history.best.fitness == min(FITNESS([plan_of(e) for e in history.entries]))
+    assert "2 distinct plans of n_evaluations=1" in history.note and "n_candidates=5" in history.note
+    assert search(FITNESS, space, n_candidates=2, strategy=strategy).note == ""
+    asked, stopped = [], 40 if strategy != "random" else 3
+
+    def stop():
+        asked.append(None)
+        return len(asked) > stopped  # past the two entries, where only drawing goes on
+
+    with pytest.raises(Cancelled):
+        search(FITNESS, space, n_candidates=5, strategy=strategy, batch=7, stop=stop)
+    assert len(asked) == stopped + 1
+
+
 def test_a_stopped_search_goes_on_where_it_was(tmp_path):
     whole, told = search(Cheap(), SPACE, n_candidates=90), []
     with pytest.raises(Cancelled):

@@ -389,9 +389,8 @@ def _read(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str
     foreign ones to keep. Fields that a saved config lacks are the defaults of the class that it names; `given` ones
     replace it. ValueError where it is unclear."""
     named = getattr(diffusers.schedulers, str(config.get("_class_name")), None)
-    is_known = inspect.isclass(named) and issubclass(named, SchedulerMixin)
-    defaults = {k: p.default for k, p in inspect.signature(named).parameters.items()
-                if p.default is not p.empty} if is_known else {}
+    defaults = {k: p.default for k, p in inspect.signature(named).parameters.items() if p.default is not p.empty} if (
+        isinstance(named, type) and issubclass(named, SchedulerMixin)) else {}
     whole = {k: v for k, v in (defaults | dict(config)).items() if k[0] != "_"} | dict(given)
     own = inspect.signature(UnifiedSolverScheduler).parameters
     for name, value in whole.items():
