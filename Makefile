@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help lab install test lint types pytest unit notebooks browser figures bench lock clean
+.PHONY: help lab install test lint types pytest unit numeric notebooks browser figures bench lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | while IFS=$$'\t' read -r n t; do printf '  make %-10s %s\n' "$$n" "$$t"; done
@@ -60,29 +60,47 @@ lab: $(INSTALLED)  ## JupyterLab on the start notebook, on this machine only
 	  --LabApp.default_url=/lab/tree/$(START) --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-test: lint types pytest  ## everything CI runs: lint, types, unit and contract tests, notebooks, browser
+STAGES := lint types unit numeric notebooks browser
 
-pytest: unit notebooks browser  ## all tests, without lint and types
+test: $(INSTALLED)  ## everything CI runs: lint, types, unit and contract tests, notebooks, browser; all, whichever fails
+	@failed=; for stage in $(STAGES); do $(MAKE) --no-print-directory $$stage || failed="$$failed $$stage"; done; \
+	echo "== verdicts"; for stage in $(STAGES); do \
+	  case " $$failed " in *" $$stage "*) echo "   $$stage: FAILED";; *) echo "   $$stage: passed";; esac; done; \
+	test -z "$$failed"
+
+pytest: unit numeric notebooks browser  ## all tests, without lint and types
 
 lint: $(INSTALLED)  ## ruff
-	@echo "== [1/5] lint: ruff"
+	@echo "== [1/6] lint: ruff"
 	@"$(BIN)/python" -m ruff check .
 
 types: $(INSTALLED)  ## mypy
-	@echo "== [2/5] types: mypy"
+	@echo "== [2/6] types: mypy"
 	@"$(BIN)/python" -m mypy
 
 # One process for each core, each with one thread: two threads in each of two processes would wait for each other.
 unit: $(INSTALLED)  ## the tests without notebooks and browser
-	@echo "== [3/5] unit and contract tests"
+	@echo "== [3/6] unit and contract tests"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not notebook and not browser" --numprocesses=auto --dist=worksteal $(ARGS)
 
-notebooks: $(INSTALLED)  ## the notebooks, with their smoke parameters
-	@echo "== [4/5] notebooks with their smoke parameters"
+# Other CPUs, as far as this one can play them: the instruction sets of torch and of oneDNN, one thread and two. What the
+# CPU lacks is said and left out. The unit stage has run the same tests with all that the CPU has.
+numeric: $(INSTALLED)  ## the tests that compare floats, as other CPUs would compute them
+	@echo "== [4/6] float comparisons as on other CPUs"
+	@status=0; for kind in default:SSE41:2 avx2:AVX2:1 avx512:AVX512_CORE:2; do \
+	  IFS=: read -r torch onednn threads <<< "$$kind"; \
+	  if [ $$torch != default ] && ! grep -qw "$${torch/avx512/avx512f}" /proc/cpuinfo 2>/dev/null; then echo "-- $$torch: this CPU lacks it, left out"; continue; fi; \
+	  echo "-- torch $$torch, oneDNN $$onednn, $$threads thread(s)"; \
+	  ATEN_CPU_CAPABILITY=$$torch DNNL_MAX_CPU_ISA=$$onednn OMP_NUM_THREADS=$$threads "$(BIN)/python" -m pytest -q -m "numeric and not slow" \
+	    --numprocesses=auto --dist=worksteal $(ARGS) || status=1; \
+	done; exit $$status
+
+notebooks: $(INSTALLED)  ## the notebooks at their defaults, and with other small parameters
+	@echo "== [5/6] notebooks"
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m notebook --numprocesses=auto --dist=worksteal $(ARGS)
 
 browser: $(INSTALLED)  ## JupyterLab in a browser
-	@echo "== [5/5] JupyterLab in a browser"
+	@echo "== [6/6] JupyterLab in a browser"
 	@"$(BIN)/python" -m pytest -m browser $(ARGS)
 
 figures: $(INSTALLED)  ## run every notebook at full parameters; figures and executed notebooks go to build/figures

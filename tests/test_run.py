@@ -10,12 +10,15 @@ import random
 import zlib
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 
-from workbench import Cancelled, Cost, Inputs, Quality, Run, inputs, run
+from workbench import Cancelled, Cost, Inputs, Quality, Run, Store, inputs, run, sweep, together
+from workbench.problems.decoding import markov
 from workbench.problems.denoising import DiscreteSchedule
 from workbench.problems.mixtures import two_dim, two_modes
+from workbench.run import JudgeError
 
 GIVEN = Inputs("t_stitch", "toy", "d1", "0.1+t_stitch.1", 7, 4, {"n_steps": 20, "fractions": (0.4, 0.25), "eta": 0.5})
 # The canonical form, written by hand: should it ever change, stored runs and shared links would be lost.
@@ -127,3 +130,66 @@ def test_an_answer_that_is_not_finite_is_an_error():
     broken = base.wrapped(lambda name, network: lambda x, t, labels: network(x, t, labels) * math.nan)
     with pytest.raises(ValueError, match=r"ddim: .* not finite"):
         run("ddim", broken, n_samples=2)
+
+
+@pytest.mark.parametrize(("call", "kind", "words"), [
+    (lambda p: run("ddim", p, seed=None), ValueError, "seed=None: expected an integer of at least 0 and at most"),
+    (lambda p: run("ddim", p, seed=2**63), ValueError, r"seed=9223372036854775808: .*at most 9223372036854775807"),
+    (lambda p: run("ddim", p, n_samples=10**9), ValueError, "n_samples=1000000000: .*at most 100000"),
+    (lambda p: run("ddim", p, n_samples=2.0), ValueError, r"n_samples=2.0: expected an integer"),
+    (lambda p: run("ddim", p, model=np.array(["best", "best"])), ValueError, "model=array.*expected one of"),
+    (lambda p: run("ddim", p, n_steps=math.nan), TypeError, "n_steps=nan: expected int, 1 to 1000"),
+    (lambda p: run("t_stitch", p, fractions=(0.1,) * 5000), ValueError, "fractions: 5000 entries, .* at most 1000"),
+    (lambda p: run("t_stitch", p, fractions={"a": 1}), TypeError, "fractions={'a': 1}: expected a tuple of numbers"),
+    (lambda p: run("speculative", p), ValueError, "'speculative' is of the family decoding, 'two_modes' of denoising"),
+    (lambda p: run("ddim", markov()), ValueError, "'ddim' is of the family denoising, 'Markov chain.*' of decoding"),
+    (lambda p: run("ddim", None), TypeError, "problem=None: expected a problem, such as"),
+    (lambda p: sweep("ddim", p, {"n_steps": 5}), TypeError, r"axes\['n_steps'\]=5: expected several values"),
+    (lambda p: sweep("t_stitch", p, {"solver": "ddim"}), TypeError, r"axes\['solver'\]='ddim': expected several"),
+    (lambda p: sweep("ddim", p, {}, seeds=3), TypeError, "seeds=3: expected several values"),
+    (lambda p: sweep("ddim", p, {}, store=3), TypeError, "folder=3: expected a path"),
+    (lambda p: together(p, [inputs("ddim", two_dim())]), ValueError,
+     "inputs of 'two_dim_ring'.*expected those of 'two_modes'"),
+])
+def test_errors_name_the_thing(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call(two_modes())
+
+
+def test_numpy_scalars_are_numbers():
+    problem = two_modes()
+    plain = inputs("t_stitch", problem, 3, 4, n_steps=5, fractions=(0.5,), solver="ddim")
+    numpys = inputs("t_stitch", problem, np.int64(3), np.int32(4), n_steps=np.int64(5), fractions=(np.float64(0.5),),
+                    solver=np.str_("ddim"))
+    assert numpys == plain and numpys.key == plain.key
+    assert inputs("t_stitch", problem, 3, 4, n_steps=5, fractions=np.float64(0.5), solver="ddim") == plain
+
+
+def test_a_sweep_takes_generators(tmp_path):
+    runs = sweep("ddim", two_modes(), {"n_steps": (n for n in (1, 2))}, seeds=(s for s in (0, 1)), n_samples=2,
+                 store=tmp_path / "runs")
+    assert [(r.knobs["n_steps"], r.inputs.seed) for r in runs] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len(list(Store(tmp_path / "runs"))) == 4
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("seed", "1"), ("seed", True), ("n_samples", 1.5), ("knobs", [1]), ("method", None), ("knobs", {"a": {"b": 1}}),
+    ("knobs", {"a": [[1]]}), ("more", 1)])
+def test_records_of_inputs_with_another_field_or_kind_are_refused(field, value):
+    with pytest.raises(ValueError, match=field if field != "knobs" or isinstance(value, list) else "knob a="):
+        Inputs.from_dict({**json.loads(CANONICAL), field: value})
+
+
+@pytest.mark.parametrize(("judge", "words"), [
+    (lambda answer, labels: 1 / 0, "judge of 'two_modes' failed: ZeroDivisionError"),
+    (lambda answer, labels: {"drift": 0.5}, "gave drift=0.5: expected a Quality"),
+    (lambda answer, labels: {"sharpness": Quality(1.0, 0.1, 4)}, "gave 'sharpness': expected one of"),
+    (lambda answer, labels: None, "gave None: expected"),
+])
+def test_a_judge_that_fails_loses_no_run(judge, words):
+    problem = replace(two_modes(), judge=judge)
+    with pytest.raises(JudgeError, match=words) as error:
+        run("ddim", problem, n_samples=4, n_steps=3)
+    sound = run("ddim", two_modes(), n_samples=4, n_steps=3)
+    assert error.value.run.inputs == sound.inputs and error.value.run.cost == sound.cost
+    assert torch.equal(error.value.run.answer, sound.answer) and error.value.run.quality == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from workbench import Cost, Inputs, Quality, Run, Store
+from workbench import Cost, Inputs, Quality, Run, Store, points
 
 N_KEYS = 5
 ENTRIES = 150_000  # 1.2 MB, so a write takes long enough to be struck in its middle
@@ -183,3 +184,95 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         Store(tmp_path).put(made(1))
     assert list(tmp_path.iterdir()) == []
+
+
+class Believer(Store):
+    """Broken twin: reads what can be parsed, whatever its checksum says."""
+
+    def put(self, run):
+        super().put(run)
+        path = self.folder / f"{run.inputs.key}.json"
+        record = json.loads(path.read_bytes())
+        del record["checksum"]
+        path.write_text(json.dumps(record))
+
+
+def flips_believed(store: Store, per_file: int = 150) -> int:
+    """How many of so many single flipped bits, in record and answer, are read as a sound run that differs."""
+    run, believed = made(1, entries=20), 0
+    store.put(run)
+    source = random.Random(0)
+    for suffix in ("json", "safetensors"):
+        path = store.folder / f"{run.inputs.key}.{suffix}"
+        sound = path.read_bytes()
+        for _ in range(per_file):
+            bit = source.randrange(8 * len(sound))
+            damaged = bytearray(sound)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            found = store.get(run.inputs)
+            believed += found is not None and (found.to_dict() != run.to_dict()
+                                               or not torch.equal(found.answer, run.answer))
+            assert all(isinstance(r, Run) for r in points_of(store))
+        path.write_bytes(sound)
+    assert store.get(run.inputs) == run
+    return believed
+
+
+def points_of(store: Store) -> list[Run]:
+    points(list(store), "drift")  # whatever is damaged, this never fails
+    return list(store)
+
+
+def test_no_flipped_bit_is_believed(tmp_path):
+    assert flips_believed(Store(tmp_path)) == 0
+
+
+def test_flip_check_fails_for_a_broken_twin(tmp_path):
+    assert flips_believed(Believer(tmp_path)) > 0
+
+
+def test_records_without_a_checksum_are_read_where_every_field_is_of_its_kind(tmp_path):
+    store = Believer(tmp_path)
+    store.put(made(2, 5))
+    assert Store(tmp_path).get(made(2).inputs) == made(2, 5)
+    path = next(tmp_path.glob("*.json"))
+    good = json.loads(path.read_bytes())
+    old = {**good, "quality": {"drift": {"value": "2.0", "stderr": "0.5", "n": 4}}}  # without interval
+    path.write_text(json.dumps(old))
+    assert Store(tmp_path).get(made(2).inputs).quality["drift"] == Quality(2.0, 0.5, 4)
+    for name, wrong in (("cost", {**good["cost"], "flops": {"a": "many"}}), ("environment", {"python": 3}),
+                        ("quality", {"drift": {"value": "2", "stderr": "0", "n": "4"}}), ("quality", [1]), ("more", 1)):
+        path.write_text(json.dumps({**good, name: wrong}))
+        assert Store(tmp_path).get(made(2).inputs) is None, name
+
+
+def test_a_damaged_run_is_named_once(tmp_path, caplog):
+    store = Store(tmp_path)
+    store.put(made(1, 5))
+    path = next(tmp_path.glob("*.json"))
+    path.write_bytes(path.read_bytes()[:-9])
+    for _ in range(3):
+        assert list(store) == []
+    assert [r.getMessage().count(str(path)) for r in caplog.records] == [1] and list(store.damaged) == [path]
+    store.put(made(1, 5))
+    assert list(store) == [made(1, 5)] and not store.damaged
+
+
+def test_what_killed_writers_left_goes_after_a_while(tmp_path):
+    Store(tmp_path)
+    old, young = tmp_path / ".old.part", tmp_path / ".young.part"
+    for path, age in ((old, 7200), (young, 5)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+    Store(tmp_path)
+    assert not old.exists() and young.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    store = Store(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(OSError, match=r"cannot write a run.*gone"):
+        store.put(made(1, 5))
+    with pytest.raises(TypeError, match="folder=3: expected a path"):
+        Store(3)

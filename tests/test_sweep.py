@@ -227,3 +227,32 @@ def test_address_tells_names_values_shapes_and_types_apart():
     assert len({address(name, rows) for name, rows in asked}) == len(asked)
     assert address("a", (x.reshape(2, 3).T,)) == address("a", (x.reshape(2, 3).T.contiguous(),))
     assert address("a", (x, None)) == address("a", (x,))
+
+
+def test_an_interrupted_sweep_leaves_no_thread(monkeypatch):
+    """Ctrl-C comes into the caller's thread while it evaluates; the runs' threads end with it."""
+    before = threading.active_count()
+    problem, asked = two_modes(), []
+
+    def interrupted(name, network):
+        def evaluate(*rows):
+            asked.append(name)
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            return network(*rows)
+        return evaluate
+
+    for _ in range(3):
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            sweep("ddim", problem.wrapped(interrupted), {"n_steps": range(2, 30)}, seeds=(0, 1), n_samples=2)
+    assert threading.active_count() == before
+
+
+def test_a_store_that_cannot_be_written_loses_no_run(tmp_path, caplog):
+    store = Store(tmp_path / "runs")
+    (tmp_path / "runs").rmdir()
+    made = sweep("ddim", two_modes(), {"n_steps": [1, 2, 3]}, seeds=(0,), n_samples=2, store=store)
+    assert len(made) == 3
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1 and str(tmp_path / "runs") in said[0] and "are not kept" in said[0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from workbench import zoo
+from workbench.cost import flops_per_row
 from workbench.zoo import CLASSES, SIZES, WEIGHTS, load_classifier, load_pipeline, weights_digest
 from workbench.zoo.glyphs import glyphs
 from workbench.zoo.pipeline import GlyphPipeline
@@ -149,15 +150,11 @@ def test_weights_fit() -> None:
 
 
 def test_sizes_are_ordered(pipes: dict[str, GlyphPipeline]) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    flops = []
-    for size in SIZES:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            pipes[size].unet(torch.zeros(1, 8, 6, 6), torch.tensor([500]), torch.tensor([0]))
-        flops.append(counter.get_total_flops())
-    small, base, large = flops
+    row = torch.zeros(1, 8, 6, 6), torch.tensor([500]), torch.tensor([0])
+    small, base, large = flops = [flops_per_row(pipes[size].unet, *row) for size in SIZES]
     assert small < base < large and large >= 10 * small
+    scores = json.loads((WEIGHTS / "scores.json").read_text())
+    assert [scores[f"costs_{size}"]["flops_per_row"] for size in SIZES] == flops
 
 
 def test_costs_are_measured(pipes: dict[str, GlyphPipeline]) -> None:

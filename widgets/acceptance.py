@@ -27,7 +27,7 @@ from workbench.speculation.acceptance import Optimum, draft_law, optimal, remain
 from workbench.speculation.drafting import warp
 from workbench.speculation.engine import Warp
 from workbench.speculation.rules import RULES
-from workbench.speculation.speed import CostCurve, predict_speed
+from workbench.speculation.speed import CostCurve, Speedup, predict_speed
 from workbench.speculation.trees import Shape, best_tree, chain, expected_tokens, sequoia
 from workbench.speculation.trees import widths as tree_of_widths
 
@@ -591,8 +591,9 @@ def tree_explorer(problem: Decoding | None = None, *, draft: str = "best", tempe
 
     With a problem, acceptance by rank is measured at its `positions` and follows the temperature; without, the first
     draft of a node is accepted with probability `first`, and each further one, where those before it were not, with
-    `decay` times the probability of its forerunner. target_seconds: a measured curve T(n) of 1 to at least 65 tokens;
-    without, T(n) = 1 + token_cost (n - 1). draft_seconds: of a draft pass; without, draft_cost times T(1).
+    `decay` times the probability of its forerunner. target_seconds: a measured curve T(n) of 1 to at least 65 tokens,
+    best of `measure_engine`, whose spread is shown as an interval; without, T(n) = 1 + token_cost (n - 1).
+    draft_seconds: of a draft pass; without, draft_cost times T(1). Speed is beside plain decoding at T(1).
     numbers: "tree", "expected", "speed" per tree, "best". Raises ValueError naming an argument that cannot be.
     """
     if draft_seconds is not None and not 0 < draft_seconds < math.inf:
@@ -678,8 +679,8 @@ def _trees(where: str, ranks: tuple[float, ...], values: Values, cost: Callable[
     plain = cost(1)
     unit, scale = ("tokens/s", 1.0) if is_measured else ("× plain", plain)
     expected = {name: expected_tokens(shape, ranks) for name, shape in shapes.items()}
-    speeds = {name: predict_speed(expected[name], shape, cost, per_pass).tokens_per_second * scale
-              for name, shape in shapes.items()}
+    predicted = {name: predict_speed(expected[name], shape, cost, per_pass) for name, shape in shapes.items()}
+    speeds = {name: found.tokens_per_second * scale for name, found in predicted.items()}
     ladder = sorted({*(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)), budget, aware.n_nodes or 1})
     along: dict[str, list[tuple[int, float, float]]] = {"Sequoia": [], "fixed widths": [], "chain": []}
     for n in ladder:
@@ -690,15 +691,20 @@ def _trees(where: str, ranks: tuple[float, ...], values: Values, cost: Callable[
             along[name].append((n, tokens, predict_speed(tokens, shape, cost, per_pass).tokens_per_second * scale))
     spent = time.perf_counter() - begin
     best = (aware.n_nodes, expected_tokens(aware, ranks), speed * scale)
+    fastest = predict_speed(best[1], aware, cost, per_pass)
     begin = time.perf_counter()
     heads = ("tree", "nodes", "draft passes", "tokens per target pass", f"speed ({unit})")
     names = {"Sequoia": "Sequoia's", "fixed widths": f"widths {', '.join(map(str, fixed)) or 'none'}", "chain": "chain"}
-    rows = [(names[k], s.n_nodes, len(s.draft_widths), f"{expected[k]:.3f}", f"{speeds[k]:.3g}")
-            for k, s in shapes.items()]
-    rows += [("★ fastest here", aware.n_nodes, len(aware.draft_widths), f"{best[1]:.3f}", f"{best[2]:.3g}"),
+    rows = [(names[k], s.n_nodes, len(s.draft_widths), f"{expected[k]:.3f}",
+             _with_interval(predicted[k], scale)) for k, s in shapes.items()]
+    rows += [("★ fastest here", aware.n_nodes, len(aware.draft_widths), f"{best[1]:.3f}",
+              _with_interval(fastest, scale)),
              ("no draft", 0, 0, "1.000", f"{scale / plain:.3g}")]
     said = (f"★ the fastest tree for these costs: {_several(aware.n_nodes, 'node')} on {_several(aware.depth, 'level')}"
             if aware.n_nodes else "★ no tree pays at these costs: draft nothing")
+    if aware.n_nodes and fastest.interval[0] <= 1:
+        said += (f"; {fastest.interval[0]:.2f} to {fastest.interval[1]:.2f} times plain decoding, so what was measured "
+                 "does not tell whether it pays")
     wide, low, straight = (tree_picture(shapes[k], ranks, k, *size) for k, size in (
         ("Sequoia", (600, 250)), ("fixed widths", (290, 130)), ("chain", (290, 130))))
     body = (f"<div><figure>{wide}<figcaption>Sequoia's tree; a node's size is the chance that it is accepted with all "
@@ -721,6 +727,13 @@ def _trees(where: str, ranks: tuple[float, ...], values: Values, cost: Callable[
                "widths": fixed}
     key = f"{hash((ranks, budget, depth, per_pass, cost(2), cost(MAX_NODES)))}"
     return Drawing(title, body, status, key, code, numbers)
+
+
+def _with_interval(found: Speedup, scale: float) -> str:
+    """The tokens per second, and their interval where the seconds have one."""
+    low, high = (found.expected_tokens / seconds * scale for seconds in reversed(found.block))
+    text = f"{found.tokens_per_second * scale:.3g}"
+    return text if high - low < 1e-9 * high else f"{text} ({low:.3g} to {high:.3g})"
 
 
 def reached(shape: Shape, ranks: Sequence[float]) -> list[float]:

@@ -15,14 +15,25 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 Network = Callable[..., Tensor]
 
 
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# Kernels of attention that torch's counter does not know, and would pass over. By its rule for those that it knows, and
+# by what the plain formula spends, a mask spares nothing, a causal one neither: all pairs count.
+ATTENTION = dict.fromkeys((torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+                           torch.ops.aten._scaled_dot_product_fused_attention_overrideable), _attention)
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a run spent. evaluations: rows through each model; calls: batches; flops: per model."""
+    """What a run spent. evaluations: rows through each model, what only filled up a batch among them; calls: batches;
+    flops: per model."""
 
     evaluations: Mapping[str, int]
     calls: Mapping[str, int]
@@ -54,38 +65,50 @@ class Timing:
 
 
 class Meter:
-    """Counts rows and calls per model; with timing=True also seconds per call, device work included."""
+    """Counts rows and calls per model; with timing=True also seconds per call, device work included.
+
+    A row costs flops_per_row, unless the network knows better: network.work(*arguments) -> (rows, FLOPs) is then what
+    this call computes. device: where the networks' answers lie, a CUDA device if one of them lies there.
+    """
 
     def __init__(self, flops_per_row: Mapping[str, float], *, timing: bool = False) -> None:
         self._flops, self._timing = flops_per_row, timing
         self.evaluations: dict[str, int] = dict.fromkeys(flops_per_row, 0)
         self.calls: dict[str, int] = dict.fromkeys(flops_per_row, 0)
+        self._spent: dict[str, float] = dict.fromkeys(flops_per_row, 0.0)
         self._events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in flops_per_row}
+        self.device = torch.device("cpu")
 
     def wrap(self, name: str, network: Network) -> Network:
         """`network` counted under `name`; its first argument's leading axis is the rows."""
+        work = getattr(network, "work", None)
 
         def counted(x: Tensor, *args: Any) -> Tensor:
-            self.evaluations[name] += len(x)
+            rows, flops = (len(x), len(x) * self._flops[name]) if work is None else work(x, *args)
+            self.evaluations[name] += rows
+            self._spent[name] += flops
             self.calls[name] += 1
-            if not self._timing:
-                return network(x, *args)
-            before = _mark(x)
+            before = _mark(x) if self._timing else None
             out = network(x, *args)
-            self._events[name].append((before, _mark(x)))
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+                    self.device = leaf.device
+                    break
+            if self._timing:
+                if self.device.type != "cpu" and not x.is_cuda:
+                    _wait(self.device)  # asked from the CPU, answered elsewhere
+                self._events[name].append((before, _mark(x)))
             return out
 
         return counted
 
     @property
     def cost(self) -> Cost:
-        flops = {name: rows * self._flops[name] for name, rows in self.evaluations.items()}
-        return Cost(dict(self.evaluations), dict(self.calls), flops)
+        return Cost(dict(self.evaluations), dict(self.calls), dict(self._spent))
 
     def seconds(self) -> dict[str, float]:
         """Seconds inside each model. Waits for the device once, after the run, never inside its loop."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _wait(self.device)
         return {name: sum(_between(a, b) for a, b in pairs) for name, pairs in self._events.items()}
 
 
@@ -98,45 +121,57 @@ def measure(once: Callable[[Meter], object], flops_per_row: Mapping[str, float],
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: expected at least 1")
-    peak = _peak_bytes(lambda: once(Meter(flops_per_row)))
+    meter = Meter(flops_per_row)
+    peak = _peak_bytes(lambda: once(meter), meter)
+    device = meter.device
     totals, models = [], []
     for _ in range(repeats):
         meter = Meter(flops_per_row, timing=True)
         begin = time.perf_counter()
         once(meter)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _wait(device)
         totals.append(time.perf_counter() - begin)
         models.append(meter.seconds())
         if stop():
             break
     low, high = statistics.quantiles(totals, n=4)[::2] if len(totals) > 1 else (totals[0], totals[0])
     by_model = {name: statistics.median(m[name] for m in models) for name in flops_per_row}
-    return Timing(statistics.median(totals), (high - low) / 2, len(totals), by_model, peak, machine())
+    return Timing(statistics.median(totals), (high - low) / 2, len(totals), by_model, peak, machine(device))
 
 
 def flops_per_row(network: Network, *one_row: Any) -> float:
-    """Floating point operations of network(*one_row), arguments with a leading axis of 1 (matmuls and convolutions)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Floating point operations of network(*one_row), arguments with a leading axis of 1 (matmuls, convolutions and
+    attention). The same on every device and by every kernel of attention; masked pairs count, as they are computed."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         network(*one_row)
     return float(counter.get_total_flops())
 
 
-def machine() -> str:
+def machine(device: torch.device | str = "cpu") -> str:
     """The device that seconds were measured on, e.g. "CPU x86_64, 2 threads" or the GPU's name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _peak_bytes(once: Callable[[], object]) -> int:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        once()
-        return int(torch.cuda.max_memory_allocated() - before)
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def _peak_bytes(once: Callable[[], object], meter: Meter) -> int:
+    before = {}
+    if torch.cuda.is_initialized():  # otherwise no model can be on it
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
+            before[i] = torch.cuda.memory_allocated(i)
     with _LiveBytes() as live:
         once()
+    if meter.device.type == "cuda":
+        return sum(int(torch.cuda.max_memory_allocated(i) - held) for i, held in before.items())
     return live.peak
 
 

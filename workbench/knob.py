@@ -10,6 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+MAX_ENTRIES = 1000  # of a tuple
+
+
+def plain(value: Any) -> Any:
+    """A numpy scalar as Python's own number or text; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
@@ -39,22 +48,25 @@ class Knob:
     needs: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, name: str, value: Any, kind: type) -> Any:
-        """The value as `kind` (int, float, bool, str or tuple of float).
+        """The value as `kind` (int, float, bool, str or tuple of float); numpy's scalars count as numbers.
 
         Raises TypeError or ValueError naming the knob, the value received and what is allowed.
         """
+        value = plain(value)
         if kind is tuple:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 value = (value,)
             if not isinstance(value, tuple | list):
                 raise TypeError(f"knob {name}={value!r}: expected a tuple of numbers, {self.allowed()}")
-            return tuple(self._number(name, entry, float, whole=value) for entry in value)
+            if len(value) > MAX_ENTRIES:
+                raise ValueError(f"knob {name}: {len(value)} entries, expected at most {MAX_ENTRIES}")
+            return tuple(self._number(name, plain(entry), float, whole=value) for entry in value)
         if kind is bool:
             if not isinstance(value, bool):
                 raise TypeError(f"knob {name}={value!r}: expected True or False")
             return value
         if self.choices is not None:
-            if value not in self.choices:
+            if not isinstance(value, str | int | float) or value not in self.choices:
                 raise ValueError(f"knob {name}={value!r}: expected one of {', '.join(map(repr, self.choices))}")
             return value
         return self._number(name, value, kind, whole=value)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import workbench
 from workbench.cost import Cost, Meter, Network, Timing, measure
+from workbench.knob import plain
 from workbench.method import Method, Step, get
-from workbench.quality import Drawn, Quality, drift
+from workbench.quality import METRICS, Drawn, Quality, drift
 from workbench.rng import Rng
 
 _FIGURES = ("value", "stderr", "low", "high", "df")  # of a Quality; records of older versions lack the last three
@@ -41,8 +42,21 @@ class Problem(Protocol):
     def wrapped(self, wrap: Callable[[str, Network], Network]) -> Any: ...
 
 
+MAX_SAMPLES = 100_000  # of one run: each sample has a random stream of its own, some kilobytes
+MAX_SEED = 2**63 - 1
+Plain = str | int | float | bool | None  # what a knob's value, or a tuple's entry, may be in a record
+
+
 class Cancelled(Exception):
     """The stop token was set; nothing was recorded."""
+
+
+class JudgeError(ValueError):
+    """The problem's judge failed on an answer. run: the finished run, without quality, so that nothing is lost."""
+
+    def __init__(self, message: str, run: Run) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 @dataclass(frozen=True)
@@ -90,8 +104,23 @@ class Inputs:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Inputs:
-        """From the parsed canonical form."""
+        """From the parsed canonical form. Raises ValueError that names a field that is missing, unknown or of no use.
+
+        Bounds are checked where a run is asked for, by `inputs`.
+        """
+        kinds = {**dict.fromkeys(("method", "problem", "digest", "code"), str), "seed": int, "n_samples": int,
+                 "knobs": dict}
+        if not isinstance(fields, Mapping) or set(fields) != set(kinds):
+            raise ValueError(f"fields {sorted(fields) if isinstance(fields, Mapping) else fields!r}: "
+                             f"expected {', '.join(kinds)}")
+        for name, kind in kinds.items():
+            if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+                raise ValueError(f"{name}={fields[name]!r}: expected {kind.__name__}")
         knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["knobs"].items()}
+        for name, value in knobs.items():
+            entries = value if isinstance(value, tuple) else (value,)
+            if not isinstance(name, str) or not all(isinstance(entry, Plain) for entry in entries):
+                raise ValueError(f"knob {name}={value!r}: expected a number, a text or a list of these")
         return cls(**{**fields, "knobs": knobs})
 
 
@@ -124,7 +153,14 @@ class Run:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], answer: Tensor) -> Run:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`. Raises ValueError, TypeError or KeyError where a field is of another kind."""
+        for part in record["cost"].values():
+            if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in part.values()):
+                raise ValueError(f"cost {part!r}: expected numbers")
+        if not all(isinstance(text, str) for text in record["environment"].values()):
+            raise ValueError(f"environment {record['environment']!r}: expected texts")
+        if not all(isinstance(q["n"], int) for q in record["quality"].values()):
+            raise ValueError(f"quality {record['quality']!r}: expected whole numbers n")
         quality = {name: Quality(n=q["n"], **{figure: float(q[figure]) for figure in _FIGURES if figure in q})
                    for name, q in record["quality"].items()}
         return cls(Inputs.from_dict(record["inputs"]), Cost(**record["cost"]), quality, record["environment"], answer)
@@ -133,13 +169,20 @@ class Run:
 def inputs(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, **knobs: Any) -> Inputs:
     """The validated inputs of a run, knobs completed with their defaults.
 
-    Raises KeyError (unknown method), TypeError or ValueError (knobs, seed, n_samples) that name what was received.
+    Raises KeyError (unknown method), TypeError (no problem) or ValueError (knobs, seed, n_samples, a method of another
+    family) that name what was received and what is allowed. seed: 0 to MAX_SEED; n_samples: 1 to MAX_SAMPLES.
     """
     if isinstance(method, str):
         method = get(method)
-    for name, value, low in (("seed", seed, 0), ("n_samples", n_samples, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name}={value!r}: expected an integer of at least {low}")
+    if not isinstance(getattr(problem, "digest", None), str):
+        raise TypeError(f"problem={problem!r:.100}: expected a problem, such as workbench.problems.glyphs.glyphs()")
+    family = getattr(problem, "family", method.family)
+    if family != method.family:
+        raise ValueError(f"method {method.name!r} is of the family {method.family}, {problem.name!r} of {family}")
+    seed, n_samples = plain(seed), plain(n_samples)
+    for name, value, low, high in (("seed", seed, 0, MAX_SEED), ("n_samples", n_samples, 1, MAX_SAMPLES)):
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{name}={value!r}: expected an integer of at least {low} and at most {high}")
     code = f"{workbench.__version__}+{method.name}.{method.version}"
     return Inputs(method.name, problem.name, problem.digest, code, seed, n_samples, method.check(knobs))
 
@@ -149,16 +192,35 @@ def run(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 
     """Run a method on a problem: validate, drain its generator, meter its evaluations, judge its answer.
 
     stop() is asked after every step; once true, Cancelled is raised and nothing is recorded. on_step(step) sees each
-    step. Costs what the method's docstring says, in evaluations. Raises what `inputs` and the method raise, and
-    ValueError where the answer is not finite.
+    step. Costs what the method's docstring says, in evaluations. Raises what `inputs` and the method raise,
+    ValueError where the answer is not finite, and JudgeError, which holds the run, where the judge fails.
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
     meter = Meter(problem.flops)
     answer = _drain(given, problem, meter, stop, on_step)
     if not bool(torch.isfinite(answer).all()):
         raise ValueError(f"{given.method}: the answer has entries that are not finite, with {dict(given.knobs)}")
-    quality = problem.judge(answer, problem.labels(n_samples))
-    return Run(given, meter.cost, quality, environment(answer), answer)
+    made = Run(given, meter.cost, {}, environment(answer), answer)
+    return replace(made, quality=_judged(made, problem))
+
+
+def _judged(made: Run, problem: Problem) -> dict[str, Quality]:
+    """What the problem's judge says. Raises JudgeError where it fails, or says what is no figure of a known metric."""
+    name, n = made.inputs.problem, made.inputs.n_samples
+    try:
+        said = problem.judge(made.answer, problem.labels(n))
+    except Cancelled:
+        raise
+    except Exception as error:
+        raise JudgeError(f"the judge of {name!r} failed: {type(error).__name__}: {error}", made) from error
+    if not isinstance(said, Mapping):
+        raise JudgeError(f"the judge of {name!r} gave {said!r:.100}: expected {{metric: Quality}}", made)
+    for metric, figure in said.items():
+        if metric not in METRICS:
+            raise JudgeError(f"the judge of {name!r} gave {metric!r}: expected one of {', '.join(METRICS)}", made)
+        if not isinstance(figure, Quality):
+            raise JudgeError(f"the judge of {name!r} gave {metric}={figure!r:.100}: expected a Quality", made)
+    return dict(said)
 
 
 def timed(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, *, repeats: int = 3,

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load, save
 
 from workbench.run import Inputs, Run
+
+_log = logging.getLogger(__name__)
+_PARTS = {"inputs", "cost", "quality", "environment"}
+_ABANDONED = 3600  # seconds after which a temporary file is that of a writer that was killed
 
 
 class Store:
     """A folder of runs. Any number of processes may read and write it at the same time.
 
     A record is written after its answer, each under a temporary name that is then renamed, so a reader sees a whole
-    run or none, also after a writer was killed. What cannot be read is treated as absent and is written anew.
+    run or none, also after a writer was killed. A record holds the SHA-256 of itself and of its answer: what does not
+    match, or cannot be read, is treated as absent, named once in the log and in `damaged`, and is written anew.
+    Records without a checksum, of the first version, are believed where every field is of its kind.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"folder={folder!r}: expected a path")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.damaged: dict[Path, str] = {}
+        for path in self.folder.glob(".*.part"):
+            try:
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
+            except OSError:  # another process was quicker, or the folder may only be read
+                continue
 
     def get(self, inputs: Inputs) -> Run | None:
         """The run of these inputs, or None."""
         return self._read(inputs.key)
 
     def put(self, run: Run) -> None:
-        """Keep a run; the same key overwrites."""
-        key = run.inputs.key
-        self._write(f"{key}.safetensors", save({"answer": run.answer.contiguous().cpu()}))
-        self._write(f"{key}.json", json.dumps(run.to_dict(), indent=1, allow_nan=False).encode())
+        """Keep a run; the same key overwrites. Raises OSError that names the path where it cannot be written."""
+        key, answer = run.inputs.key, save({"answer": run.answer.contiguous().cpu()})
+        record = run.to_dict()
+        record["checksum"] = _checksum(record, answer)
+        self._write(f"{key}.safetensors", answer)
+        self._write(f"{key}.json", json.dumps(record, indent=1, allow_nan=False).encode())
 
     def __iter__(self) -> Iterator[Run]:
         """All readable runs, in the order of their keys."""
@@ -42,22 +63,56 @@ class Store:
                 yield run
 
     def _read(self, key: str) -> Run | None:
+        path = self.folder / f"{key}.json"
         try:
-            record = json.loads((self.folder / f"{key}.json").read_bytes())
-            answer = load((self.folder / f"{key}.safetensors").read_bytes())["answer"]
-            run = Run.from_dict(record, answer)
-        except Exception:  # a damaged file of any kind is a missing run
-            return None
-        return run if run.inputs.key == key else None
+            run = _sound(path.read_bytes(), self.folder / f"{key}.safetensors", key)
+        except FileNotFoundError as error:
+            if Path(error.filename) == path:
+                return None
+            why = "its answer is missing"
+        except Exception as error:  # a damaged file of any kind is a missing run
+            why = f"{type(error).__name__}: {error}"
+        else:
+            self.damaged.pop(path, None)
+            return run
+        if path not in self.damaged:
+            _log.warning("%s: not read as a run (%.200s)", path, why)
+        self.damaged[path] = why
+        return None
 
     def _write(self, name: str, content: bytes) -> None:
-        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
+        path = self.folder / name
+        try:
+            descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot write a run: {error.strerror}", str(path)) from error
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name)
-        except BaseException:
+            os.replace(temporary, path)
+        except BaseException as error:
             Path(temporary).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise type(error)(error.errno, f"cannot write a run: {error.strerror}", str(path)) from error
             raise
+
+
+def _sound(text: bytes, answer_path: Path, key: str) -> Run:
+    """The run of a record. Raises an error of some kind where record or answer are not what was written."""
+    record, answer = json.loads(text), answer_path.read_bytes()
+    checksum = record.pop("checksum", None)
+    if set(record) != _PARTS:
+        raise ValueError(f"fields {sorted(record)}: expected {', '.join(sorted(_PARTS))}")
+    if checksum is not None and checksum != _checksum(record, answer):
+        raise ValueError("its checksum does not match")
+    run = Run.from_dict(record, load(answer)["answer"])
+    if run.inputs.key != key:
+        raise ValueError("its name is not that of its inputs")
+    return run
+
+
+def _checksum(record: dict[str, Any], answer: bytes) -> str:
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode() + b"\0" + answer).hexdigest()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +19,8 @@ from torch import Tensor
 from workbench.cost import Network
 from workbench.run import Cancelled, Inputs, Problem, Run, inputs, run
 from workbench.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 class Memo:
@@ -113,10 +117,13 @@ class _Rendezvous:
         self._change = threading.Condition()
         self._asks: list[_Ask | _Errand] = []
         self._running = 0
+        self._is_over = False
 
     def _wait(self, ask: _Ask | _Errand) -> Any:
         if ask.out is None:
             with self._change:
+                if self._is_over:
+                    raise Cancelled
                 self._asks.append(ask)
                 self._change.notify_all()
             ask.is_answered.wait()
@@ -138,25 +145,45 @@ class _Rendezvous:
         return lambda *args: self._wait(_Errand(partial(function, *args)))
 
     def gather(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run all jobs, each in a thread of its own, until all have ended."""
+        """Run all jobs, each in a thread of its own, until all have ended.
+
+        Where the caller's thread is interrupted (Ctrl-C), every job's next question raises Cancelled in it, the jobs
+        end, and then the interruption goes on.
+        """
         self._running = len(jobs)
         threads = [threading.Thread(target=self._work, args=(job,), daemon=True) for job in jobs]
-        for thread in threads:
-            thread.start()
+        asks: list[_Ask | _Errand] = []
+        try:
+            for thread in threads:
+                thread.start()
+            self._serve(asks)
+        except BaseException:
+            with self._change:
+                self._is_over = True
+                waiting = [*asks, *self._asks]
+            for ask in waiting:
+                ask.out = Cancelled()
+                ask.is_answered.set()
+            raise
+        finally:
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+
+    def _serve(self, asks: list[_Ask | _Errand]) -> None:
+        """Answer what the jobs ask until all have ended; `asks` holds what is being answered."""
         while True:
             with self._change:
                 self._change.wait_for(lambda: len(self._asks) == self._running)
                 if not self._running:
                     break
-                asks, self._asks = self._asks, []
+                asks[:], self._asks = self._asks, []
             self._answer([ask for ask in asks if isinstance(ask, _Ask)])
             for errand in asks:
                 if isinstance(errand, _Errand):
                     self._run(errand)
             for ask in asks:
                 ask.is_answered.set()
-        for thread in threads:
-            thread.join()
 
     def _work(self, job: Callable[[], None]) -> None:
         try:
@@ -216,19 +243,28 @@ def _batches(asks: Sequence[_Ask], max_rows: int) -> Iterable[list[_Ask]]:
         yield batch
 
 
-def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = None, store: Store | None = None,
+def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = None,
+             store: Store | str | os.PathLike[str] | None = None,
              stop: Callable[[], bool] = lambda: False, on_run: Callable[[Run], object] | None = None,
              max_rows: int = 128, at_once: int = 64) -> list[Run]:
     """The runs of `wanted`, in order, on one problem; those already in `store` are read, new ones are put there.
 
     Up to at_once runs advance together, in batches of up to max_rows rows. Costs in each Run are those of that run
     on its own. Problems whose models remember (language models) share nothing: their runs follow each other.
-    on_run(run) is called as runs end. Raises Cancelled once stop() is true: runs that ended stay stored;
-    and the first error of a run, after the others have ended.
+    on_run(run) is called as runs end. store: one, or its folder; where it cannot be written, that is said once in the
+    log and the runs are given back all the same. Raises ValueError for inputs of another problem; Cancelled once stop()
+    is true: runs that ended stay stored; and the first error of a run, after the others have ended.
     """
+    if store is not None and not isinstance(store, Store):
+        store = Store(store)
+    for item in wanted:
+        if item.digest != problem.digest:
+            raise ValueError(f"inputs of {item.problem!r} ({item.digest}): expected those of {problem.name!r} "
+                             f"({problem.digest})")
     memo = memo if memo is not None else Memo()
     done: dict[str, Run] = {}
     failed: list[BaseException] = []
+    unwritten: list[str] = []
     todo: dict[str, Inputs] = {}
     for item in wanted:
         kept = store.get(item) if store is not None else None
@@ -240,9 +276,9 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
     def job(item: Inputs, shared: Any) -> None:
         try:
             made = run(item.method, shared, item.seed, item.n_samples, stop=stop, **item.knobs)
-            if store is not None:
-                store.put(made)
             done[item.key] = made
+            if store is not None:
+                _keep(store, made, unwritten)
             if on_run is not None:
                 on_run(made)
         except BaseException as error:  # raised again below, in the caller's thread
@@ -263,20 +299,40 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
     return [done[item.key] for item in wanted]
 
 
+def _keep(store: Store, made: Run, unwritten: list[str]) -> None:
+    """Put a run into a store; one that cannot be written loses no run, and says so once."""
+    try:
+        store.put(made)
+    except OSError as error:
+        if not unwritten:
+            _log.warning("%s; runs go on and are not kept there", error)
+        unwritten.append(made.inputs.key)
+
+
 def sweep(method: str, problem: Problem, axes: Mapping[str, Iterable[Any]], *, seeds: Iterable[int] = (0, 1, 2),
-          n_samples: int = 16, memo: Memo | None = None, store: Store | None = None,
+          n_samples: int = 16, memo: Memo | None = None, store: Store | str | os.PathLike[str] | None = None,
           stop: Callable[[], bool] = lambda: False, on_run: Callable[[Run], object] | None = None,
           **fixed: Any) -> list[Run]:
     """Every combination of the values in `axes` ({knob: values}) for every seed, with the other knobs `fixed`.
 
-    All settings are validated before the first is run. Raises what `inputs` and `together` raise.
+    All settings are validated before the first is run. Raises TypeError for an axis or seeds that are not several
+    values, and what `inputs` and `together` raise.
     """
+    grid = {name: _several(f"axes[{name!r}]", values) for name, values in axes.items()}
+    each = _several("seeds", seeds)
     wanted = [
-        inputs(method, problem, seed, n_samples, **fixed, **dict(zip(axes, values, strict=True)))
-        for values in itertools.product(*axes.values())
-        for seed in seeds
+        inputs(method, problem, seed, n_samples, **fixed, **dict(zip(grid, values, strict=True)))
+        for values in itertools.product(*grid.values())
+        for seed in each
     ]
     return together(problem, wanted, memo=memo, store=store, stop=stop, on_run=on_run)
+
+
+def _several(name: str, values: Any) -> list[Any]:
+    """The values as a list, whatever gives them; a generator gives them only once."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}={values!r}: expected several values, such as [{values!r}]")
+    return list(values)
 
 
 def _chunks(items: Sequence[Inputs], size: int) -> list[Sequence[Inputs]]:

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench import run
-from workbench.cost import flops_per_row
+from workbench.cost import ATTENTION, flops_per_row
 from workbench.problems import skipping as module
 from workbench.problems.glyphs import glyphs
 from workbench.problems.mixtures import two_modes
@@ -46,7 +46,7 @@ def call(net, rows=1):
 
 def flops(net):
     """FLOPs of a call, in all and per block by its name."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         call(net)
     counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     return counter.get_total_flops(), counts
@@ -259,12 +259,12 @@ def test_metered_flops_are_those_computed(letters):
     models = [model.name for model in problem.models]
     assert models == ["S", *sorted({variant_name(best, s) for s in skips if s}, key=problem.flops.get), "B"]
     shares = tuple(models.index(variant_name(best, s)) / (len(models) - 1) for s in skips)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         made = run("timesteps", problem, n_samples=3, guidance=1.5, models=shares)
     network = sum(rows * problem.flops[name] for name, rows in made.cost.evaluations.items())
     assert made.cost.total_flops == network == 6 * (sum(problem.flops[variant_name(best, s)] for s in skips))
     judged = counter.get_total_flops() - network
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         letters.judge(made.answer, letters.labels(3))
     assert judged == counter.get_total_flops()
     assert network < 24 * letters.flops["B"]

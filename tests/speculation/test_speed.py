@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.isotonic import IsotonicRegression
 
+from workbench.problems.decoding import markov
 from workbench.speculation import speed as module
 from workbench.speculation.acceptance import arithmetic_factor, speedup
-from workbench.speculation.speed import CostCurve, measure_curve, predict_speed
+from workbench.speculation.engine import Ask, Warp, speculate
+from workbench.speculation.growing import StaticGrower
+from workbench.speculation.rules import RULES
+from workbench.speculation.speed import CostCurve, measure_curve, measure_engine, predict_speed
 from workbench.speculation.trees import Shape, best_tree, chain, expected_tokens, optimal_length, sequoia, widths
 
 CURVE = CostCurve((1, 2, 8, 64), (1.0, 1.1, 1.4, 6.0), (0.0,) * 4)
@@ -104,7 +110,7 @@ def test_measuring_warms_up_interleaves_and_takes_medians(monkeypatch):
 def test_measuring_waits_for_the_device(monkeypatch):
     clock, waited = Clock(), []
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.perf_counter))
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module.torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(module.torch.cuda, "synchronize", lambda: waited.append(len(clock.passes)))
     measure_curve(clock.pass_, (2,), 2)
     assert waited == [1, 2, 2, 3]  # before and after each timed pass
@@ -164,7 +170,156 @@ def test_the_best_tree_and_length_are_the_best_predictions():
     assert 0 < int(np.argmax(speeds)) < 19
 
 
+# ---- inside the engine: machines whose every second is programmed ----------------------------------------------------
+
+N_TOKENS = 80
+
+
+class Machine:
+    """Two models of one token's memory on a clock: seconds of a pass grow with its tokens and with the cache, and laws
+    and rules take time, too. What plain and speculative decoding take on it is known exactly."""
+
+    def __init__(self, law=0.4, verdict=0.3, slope=0.15, price=0.35, cache=0.002):
+        self.now, self.law_seconds, self.verdict_seconds = 0.0, law, verdict
+        problem = markov(8, divergence=0.9, seed=3)
+        self.target = self.on_clock(problem.target, 1.0, slope, cache)
+        self.draft = self.on_clock(problem.draft("best"), price, price * slope, price * cache)
+        self.rule = SimpleNamespace(drafting=RULES["rrs"].drafting, verify=self.verify)
+
+    def perf_counter(self):
+        return self.now
+
+    def on_clock(self, model, first, more, cache):
+        def begin(n_rows):
+            kept = SimpleNamespace(n=0)
+            kept.keep = lambda paths: setattr(kept, "n", kept.n + max(map(len, paths)))
+            return kept
+
+        def network(tokens, ask):
+            n = max(map(len, ask.tokens))
+            self.now += first + more * (n - 1) + cache * (ask.state.n + n)
+            return model.network(tokens, ask)
+
+        return replace(model, network=network, begin=begin)
+
+    def law(self, logits, contexts):
+        self.now += self.law_seconds * len(logits) ** 0.5
+        return Warp()(logits, contexts)
+
+    def verify(self, *arguments):
+        self.now += self.verdict_seconds
+        return RULES["rrs"].verify(*arguments)
+
+    def decode(self, shape, seeds=range(90, 94)):
+        """Seconds per token and tokens per block, of all blocks that take in no prompt and that no end cuts short."""
+        seconds, tokens, blocks = np.sum([self.decode_one(shape, seed) for seed in seeds], axis=0)
+        return seconds / tokens, tokens / blocks
+
+    def decode_one(self, shape, seed):
+        grow = (lambda row, uniform: StaticGrower(shape, self.rule.drafting, uniform)) if shape.n_nodes else None
+        laps, left = [], N_TOKENS
+        for block in speculate(self.target, self.draft if shape.n_nodes else None, [[0, 1, 2]], N_TOKENS, grow,
+                               self.rule, [np.random.default_rng(seed).random], law=self.law):
+            if left > shape.depth:
+                laps.append((self.now, len(block[0].tokens)))
+            left -= len(block[0].tokens)
+        tokens = sum(n for _, n in laps[1:])
+        return laps[-1][0] - laps[0][0], tokens, len(laps) - 1
+
+    def costs(self):
+        return measure_engine(self.target, self.draft, [[0, 1, 2]], SHAPES, self.rule, n_tokens=N_TOKENS, repeats=4,
+                              law=self.law)
+
+
+SHAPES = (chain(1), chain(2), chain(4), widths((2, 2)))
+MACHINES: tuple[dict[str, float], ...] = ({}, {"law": 0.0, "slope": 0.01, "price": 0.1})
+
+
+def assert_predictions_hold(predict, monkeypatch, machines=MACHINES):
+    for made in machines:
+        machine = Machine(**made)
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=machine.perf_counter))
+        costs = machine.costs()
+        plain, one = machine.decode(Shape(()))
+        assert one == 1
+        for shape in SHAPES:
+            seconds, tokens = machine.decode(shape)
+            predicted = predict(machine, tokens, shape, costs)
+            low, high = predicted.interval
+            assert low <= plain / seconds <= high, (made, shape)
+            assert predicted.speedup == pytest.approx(plain / seconds, rel=0.08)
+            assert low <= predicted.speedup <= high < 1.25 * low, (made, shape)
+
+
+def in_the_engine(machine, tokens, shape, costs):
+    return predict_speed(tokens, shape, costs.target, costs.draft)
+
+
+def test_predictions_from_inside_the_engine_hold(monkeypatch):
+    assert_predictions_hold(in_the_engine, monkeypatch)
+
+
+def on_fresh_state(machine, tokens, shape, costs):
+    """Curves of passes by themselves, with the constant of a state made anew, and nothing charged for the block."""
+    def pass_of(model, constant):
+        def one(n):
+            machine.now += constant
+            ask = Ask(model.begin(1), [[0] * n], [list(range(-1, n - 1))], [[n - 1]])
+            model.network(torch.zeros(n, dtype=torch.int64), ask)
+        return one
+
+    curves = [measure_curve(pass_of(model, constant), (1, 2, 3, 5, 9), 3)
+              for model, constant in ((machine.target, 3.0), (machine.draft, 0.0))]
+    return predict_speed(tokens, shape, *curves)
+
+
+def test_predictions_from_passes_on_fresh_state_have_the_wrong_sign(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=machine.perf_counter))
+    plain, _ = machine.decode(Shape(()))
+    seconds, tokens = machine.decode(chain(2))
+    assert on_fresh_state(machine, tokens, chain(2), None).interval[0] > 1.05 > 0.95 > plain / seconds
+    with pytest.raises(AssertionError):
+        assert_predictions_hold(on_fresh_state, monkeypatch, MACHINES[:1])
+
+
+def test_predictions_that_leave_out_the_block_fail(monkeypatch):
+    def bare(machine, tokens, shape, costs):
+        idle = Machine(law=0.0, verdict=0.0)
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=idle.perf_counter))
+        return in_the_engine(machine, tokens, shape, idle.costs())
+
+    with pytest.raises(AssertionError):
+        assert_predictions_hold(bare, monkeypatch, MACHINES[:1])
+
+
+def test_an_engines_laps_hold_all_its_seconds_but_those_of_prompts(monkeypatch):
+    machine = Machine(cache=0.0, slope=0.0)  # then laps of one size are alike, but for verdicts
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=machine.perf_counter))
+    costs = machine.costs()
+    assert costs.target.sizes == (1, 2, 3, 5, 7) and costs.draft.sizes == (1, 2)
+    assert costs.target(1) == pytest.approx(1.0 + 0.4)
+    one = costs.target(2) + costs.draft(1)  # a block of one draft, with its one verdict
+    assert one == pytest.approx(1.0 + 0.4 * 2**0.5 + 0.3 + 0.35 + 0.4, rel=0.03)
+
+
+def test_spreads_become_an_interval_and_any_yardstick_will_do():
+    curve = CostCurve((1, 3), (1.0, 1.2), (0.1, 0.2))
+    assert curve.within(2) == pytest.approx((0.8, 1.4))
+    predicted = predict_speed(2.0, chain(2), curve, 0.3, block_seconds=0.1)
+    assert predicted.block == pytest.approx((1.2 - 0.4 + 0.6 + 0.1, 1.2 + 0.4 + 0.6 + 0.1))
+    assert predicted.interval == pytest.approx((2 * 0.8 / 2.3, 2 * 1.2 / 1.5))
+    assert predicted.speedup == pytest.approx(2 / 1.9)
+    other = predict_speed(2.0, chain(2), curve, 0.3, block_seconds=0.1, plain_seconds=3.8)
+    assert other.speedup == pytest.approx(4.0) and other.plain_tokens_per_second == pytest.approx(1 / 3.8)
+    assert predict_speed(1.0, Shape(()), curve, 0.3, block_seconds=9.0).speedup == 1.0
+
+
 @pytest.mark.parametrize(("make", "named"), [
+    (lambda: predict_speed(2.0, chain(2), CURVE, 0.1, block_seconds=-1.0), "block_seconds=-1.0"),
+    (lambda: measure_engine(*[None] * 3, (chain(1),), RULES["rrs"], repeats=0), "repeats=0"),
+    (lambda: measure_engine(*[None] * 3, (chain(1),), RULES["rrs"], n_tokens=3), "n_tokens=3"),
+    (lambda: measure_engine(*[None] * 3, (Shape(()),), RULES["rrs"]), "0 shapes"),
     (lambda: CURVE(65), "n=65 tokens: measured from 1 to 64"),
     (lambda: CURVE(0), "n=0"),
     (lambda: CostCurve((), (), ()), "at least one"),

@@ -294,6 +294,18 @@ def test_a_measured_curve_and_a_problem_take_the_sliders_places():
     assert str(panel.numbers["trees"]["Sequoia"].parents) in out.getvalue()
 
 
+def test_a_measured_curves_spread_is_shown_and_a_gain_within_it_is_not_claimed():
+    def said(spread):
+        curve = CostCurve((1, 65), (0.010, 0.012), (spread, spread))
+        return shown(tree_explorer(first=0.6, target_seconds=curve, draft_seconds=0.004))["body"]
+
+    assert "does not tell whether it pays" in said(0.002) and " to " in said(0.002)
+    for sure in (0.0, 0.0001):
+        assert "does not tell" not in said(sure) and "the fastest tree for these costs" in said(sure)
+    assert re.search(r"<td>\d+ \([\d.]+ to [\d.]+\)</td>", said(0.0001))
+    assert not re.search(r"<td>\d+ \(", said(0.0))
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"n_nodes": 65}, "n_nodes=65: expected 1 to 64"),
     ({"first": 1.5}, "first=1.5: expected 0.05 to 0.95"),

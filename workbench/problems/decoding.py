@@ -35,7 +35,8 @@ class Decoding:
     drafts. prompts(n) -> n lists of n_prompt token ids; sample i's never depends on n.
     judge(answer, None) -> {metric: Quality}. positions(draft name) -> the logits (m, V) of target and draft at the same
     m contexts, as the target writes them: what acceptance is measured on. text(tokens) -> what a person reads.
-    flops: {model: per position}. end: the token that ends a sequence, or None.
+    flops: {model: per position}; where attention makes it grow, of a prompt's last; runs are charged for what each pass
+    computes. end: the token that ends a sequence, or None.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Decoding:
     images: None = None
     remembers = True  # a model's answer depends on what its session was given before: passes cannot be shared
     state_dtype = torch.int64
+    family = "decoding"
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:

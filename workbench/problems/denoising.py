@@ -342,6 +342,7 @@ class Denoising:
     code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
     data: Callable[[int, int], Tensor] | None = None
     is_latent: bool = False
+    family = "denoising"
     remembers = False  # a network's output follows from its arguments alone: runs can share evaluations
 
     @property

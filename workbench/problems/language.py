@@ -132,7 +132,7 @@ def _problem(name: str, modules: dict[str, Any], tokenizer: Any, prompts: Callab
     return Decoding(
         name, digest, target, tuple(drafts), prompts, n_prompt, judge, positions,
         lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False),
-        {key: flops_per_token(module) for key, module in modules.items()}, end=end,
+        {key: flops_per_token(module, n_prompt) for key, module in modules.items()}, end=end,
         dtype=torch.float32, device=str(next(iter(modules.values())).device), source=source,
         code=lambda given: _code(given, setup, "target" if end is None else end))
 

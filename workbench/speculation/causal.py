@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,12 @@ def causal(module: PreTrainedModel, name: str) -> LanguageModel:
         assert isinstance(ask.state, KeyValues)
         return ask.state.forward(module, ask, n_embedded)
 
+    def work(tokens: Tensor, ask: Ask) -> tuple[int, float]:
+        assert isinstance(ask.state, KeyValues)
+        return ask.state.work(module, ask)
+
+    network.work = work  # type: ignore[attr-defined]
+
     def begin(n_rows: int) -> KeyValues:
         recorded = recording(module, kinds)
         return KeyValues(n_rows, kinds, window, Layers(module, kinds) if recorded is None else Stack(module, recorded))
@@ -75,6 +82,7 @@ class KeyValues:
         self._rows, self._kinds, self._window, self._memory = n_rows, kinds, window, memory
         self._kept = np.zeros((n_rows, 0), dtype=bool)  # (row, column): whether it holds a token that was kept
         self._places = np.zeros((n_rows, 0), dtype=np.int64)  # of each column's token in its sequence
+        self._flops: Flops | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -107,6 +115,16 @@ class KeyValues:
         if self._rows == 1:
             return [logits[0]]
         return [logits[row, [place[i] for i in asked]] for row, asked in enumerate(ask.asked)]
+
+    def work(self, module: Any, ask: Ask) -> tuple[int, float]:
+        """Positions and FLOPs of this pass: all that it computes, for rows that have ended and for what pads, too."""
+        if self._flops is None:
+            self._flops = Flops.of(module)
+        cost = self._flops
+        n = self._rows * max(map(len, ask.tokens))
+        columns = self._kept.shape[1] + self._sees.shape[1] + max(map(len, ask.tokens))
+        n_wanted = self._rows * len(set(chain.from_iterable(ask.asked)))
+        return n, n * (cost.body + columns * cost.pair) + n_wanted * cost.head
 
     def _grow(self, old: int, width: int, parents: Sequence[Sequence[int]]) -> None:
         sees = np.zeros((self._rows, old + width, old + width), dtype=bool)
@@ -257,12 +275,28 @@ def _buffer_class() -> type:
     return Buffer
 
 
-def flops_per_token(module: Any) -> float:
-    """FLOPs of one token position: 2 per weight of its matrices, embeddings not counted but as the output layer.
+@dataclass(frozen=True)
+class Flops:
+    """Of a causal model: body: matrices of one position; head: its output layer; pair: attention of one position to
+    one column, in all layers."""
 
-    What attention spends on the tokens before it, which grows with their number, is left out.
-    """
-    embedded = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
-    body = sum(p.numel() for p in module.parameters() if p.ndim >= 2 and id(p) not in embedded)
-    head = module.get_output_embeddings().weight
-    return 2.0 * (body + (head.numel() if id(head) in embedded else 0))
+    body: float
+    head: float
+    pair: float
+
+    @classmethod
+    def of(cls, module: Any) -> Flops:
+        """2 per weight of a matrix and position, embeddings not counted but as the output layer; attention twice 2 per
+        head and size of a head."""
+        embedded = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+        head = module.get_output_embeddings().weight
+        body = sum(p.numel() for p in module.parameters() if p.ndim >= 2 and id(p) not in {*embedded, id(head)})
+        config = module.config.get_text_config(decoder=True)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(2.0 * body, 2.0 * head.numel(), 4.0 * config.num_hidden_layers * config.num_attention_heads * size)
+
+
+def flops_per_token(module: Any, n_seen: int = 1) -> float:
+    """FLOPs of one position that attends to n_seen, itself among them, and whose logits are wanted."""
+    cost = Flops.of(module)
+    return cost.body + cost.head + n_seen * cost.pair

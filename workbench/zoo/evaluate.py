@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.cost import flops_per_row
 from workbench.quality import frechet, proportion
 from workbench.zoo import SIZES, WEIGHTS, weights_digest
 from workbench.zoo.classifier import GlyphClassifier, load_classifier
@@ -61,15 +62,12 @@ def costs(pipes: dict[str, GlyphPipeline], repeats: int = 25) -> dict[str, dict[
 
     The sizes take turns within each repeat, so that a disturbance of the machine falls on all of them.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     found: dict[str, dict[str, Any]] = {}
     for size, pipe in pipes.items():
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            pipe.unet(torch.zeros(1, 8, 6, 6), torch.tensor([500]), torch.tensor([0]))
+        row = torch.zeros(1, 8, 6, 6), torch.tensor([500]), torch.tensor([0])
         found[size] = {
             "parameters": sum(p.numel() for p in pipe.unet.parameters()),
-            "flops_per_row": counter.get_total_flops(),
+            "flops_per_row": int(flops_per_row(pipe.unet, *row)),
             "threads": torch.get_num_threads(),
         }
     for rows in (16, 32):
