@@ -42,7 +42,7 @@ class SearchPanel(ipywidgets.VBox):
         self.path = Path(path) if path is not None else Path(self._folder.name) / "history.jsonl"
         self.entries: list[Entry] = read_history(self.path) if self.path.exists() else []
         self.error: BaseException | None = None
-        self.is_finished = False
+        self.is_finished, self._note = False, ""
         self._stopping, self._thread, self._drawn = threading.Event(), None, 0.0
 
         self._go = ipywidgets.Button(button_style="primary", tooltip="Start the search, or go on with it")
@@ -98,7 +98,8 @@ class SearchPanel(ipywidgets.VBox):
         self.error = None
         self._draw(is_running=True)
         try:
-            self._search(path=self.path, stop=is_stopped, on_entry=self._told)
+            found = self._search(path=self.path, stop=is_stopped, on_entry=self._told)
+            self._note = getattr(getattr(found, "history", found), "note", "")  # of S3's history, AutoDiffusion's Found
             self.is_finished = True
         except Cancelled:
             pass
@@ -124,6 +125,7 @@ class SearchPanel(ipywidgets.VBox):
         if best is not None:
             said.append(f"best {self._label} {best.fitness:.4g}")
         said += [f"{name} {value:.4g}" for name, value in self._rivals.items()]
+        said += [self._note] if self._note else []
         self._status.value = (f"<span role='status' data-testid='search-status' data-state='{state}'>"
                               f"{html.escape('; '.join(said))}</span>")
         self._alert.value = "" if self.error is None else (

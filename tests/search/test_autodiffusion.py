@@ -138,6 +138,14 @@ def test_every_candidate_is_new_and_fits():
         assert_no_candidate_is_asked_for_twice([*searched(epochs=2), *searched(epochs=1)])
 
 
+def test_a_search_says_why_it_ended_early():
+    few = autodiffusion(modes(), 4, times=TWELVE[:6], n_samples=20, confirm_seeds=0)
+    assert len(few.history) == 15 and few.history.note.startswith("no new candidate: 15 of at most 500")
+    short = autodiffusion(modes(), 4, n_samples=20, confirm_seeds=0, budget=4 * 4 * 20)
+    assert len(short.history) == 4 and "exceed the budget of 320" in short.history.note
+    assert quick_search().history.note == ""
+
+
 def test_the_search_gets_closer():
     asked = searched()
     assert min(f for _, f in asked) < 0.2 * min(f for _, f in asked[:50])

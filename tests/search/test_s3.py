@@ -25,7 +25,7 @@ from workbench.plan import Decision, Plan, preset_plan
 from workbench.problems.denoising import ContinuousVP, DiscreteSchedule, grid, power_grid
 from workbench.problems.glyphs import glyphs
 from workbench.problems.mixtures import two_dim, two_modes
-from workbench.quality import drift
+from workbench.quality import drift, energy_distance
 from workbench.rng import Rng
 from workbench.run import Cancelled, run
 from workbench.search.s3 import STRATEGIES, Ranking, Space, confirmed, plan_of, search
@@ -140,6 +140,23 @@ def test_many_plans_of_large_states_are_not_one_batch(monkeypatch):
     seen.clear()
     run_plans(PROBLEM, plans, torch.zeros((70000, 1), dtype=torch.float64))
     assert set(seen) == {1}
+
+
+def labelled_errors(problem):
+    """The energy distance of a good, a middling and a bad plan, from each of four noises."""
+    plans = [preset_plan(name, grid(problem.schedule, n, "trailing")) for name, n in (("dpmpp_2m", 20), ("ddim", 5),
+                                                                                   ("ddim", 2))]
+    return [Judged(problem, "energy_distance", 200, seed)(plans) for seed in range(4)]
+
+
+def test_a_judge_that_knows_the_classes_tells_plans_apart():
+    """Samples cycle through the classes. Taken for independent draws, good ones seem nearer to the law than the law's
+    own draws are: all good plans are 0 then, and a search is blind."""
+    problem = two_dim(has_labels=True)
+    assert all(0 < good < middling < bad for good, middling, bad in labelled_errors(problem))
+    truth = problem.data(2000, 1)
+    blind = replace(problem, judge=lambda answer, labels: {"energy_distance": energy_distance(answer, truth)})
+    assert [good for good, *_ in labelled_errors(blind)] == [0.0] * 4
 
 
 # ---- the space -------------------------------------------------------------------------------------------------------
@@ -275,6 +292,26 @@ def test_same_seed_same_history_and_no_plan_twice(strategy):
     assert search(Cheap(), SPACE, n_candidates=60, strategy=strategy, seed=3).entries == first.entries
     assert search(Cheap(), SPACE, n_candidates=60, strategy=strategy, seed=4).entries != first.entries
     assert search(Cheap(), SPACE, n_candidates=40, strategy=strategy, seed=3).entries == first.entries[:40]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_ends_where_there_is_nothing_new(strategy):
+    """One step to the cleanest level is one of two plans: without an end to its patience the search never returns."""
+    space = Space(PROBLEM.schedule, 1, end=PROBLEM.schedule.cleanest)
+    history = search(FITNESS, space, n_candidates=5, strategy=strategy)
+    assert {plan_of(e).decisions[0].prediction for e in history.entries} == {"eps", "x0"} and len(history) == 2
+    assert history.best.fitness == min(FITNESS([plan_of(e) for e in history.entries]))
+    assert "2 distinct plans of n_evaluations=1" in history.note and "n_candidates=5" in history.note
+    assert search(FITNESS, space, n_candidates=2, strategy=strategy).note == ""
+    asked, stopped = [], 40 if strategy != "random" else 3
+
+    def stop():
+        asked.append(None)
+        return len(asked) > stopped  # past the two entries, where only drawing goes on
+
+    with pytest.raises(Cancelled):
+        search(FITNESS, space, n_candidates=5, strategy=strategy, batch=7, stop=stop)
+    assert len(asked) == stopped + 1
 
 
 def test_a_stopped_search_goes_on_where_it_was(tmp_path):

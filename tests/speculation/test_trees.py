@@ -11,18 +11,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 
 from workbench.speculation import trees as module
+from workbench.speculation.acceptance import k_seq_rho, optimal
 from workbench.speculation.trees import (
     ConfidenceTree,
     DraftLength,
     Shape,
     best_tree,
     chain,
+    chains_bound,
     confidence_tree,
     expected_tokens,
     k_chains,
     optimal_length,
+    optimal_tokens,
     sequoia,
     widths,
 )
@@ -536,3 +540,88 @@ def test_optimal_length_by_simulation_of_its_blocks_and_by_hand():
     assert optimal_length(1.0, lambda n: 1.0, 1e-3, 9) == 9
     assert optimal_length(0.2, lambda n: 1.0, 0.3, 9) == 0  # pays only where acceptance exceeds the cost ratio
     assert optimal_length(0.31, lambda n: 1.0, 0.3, 9) >= 1
+
+
+# ---- pooled chains ---------------------------------------------------------------------------------------------------
+
+def block_laws(laws, length):
+    """{block: (target, draft)} of all blocks of a length, by the chain rule."""
+    blocks = {(): (1.0, 1.0)}
+    for _ in range(length):
+        blocks = {(*block, x): (t * laws(block)[0][x], d * laws(block)[1][x])
+                  for block, (t, d) in blocks.items() for x in range(len(laws(block)[0]))}
+    return blocks
+
+
+def shared(chains, block):
+    """How many tokens of the block the chains hold as a beginning of one of them."""
+    return max(next((i for i, (a, b) in enumerate(zip(c, block, strict=True)) if a != b), len(block)) for c in chains)
+
+
+def coupled(laws, n_chains, length):
+    """The largest mean of 1 + `shared` over all couplings of i.i.d. chains and the target's block: a linear program."""
+    blocks = block_laws(laws, length)
+    drawn = list(itertools.combinations_with_replacement(blocks, n_chains))
+    mass = [math.prod(blocks[c][1] for c in chains) * math.factorial(n_chains)
+            / math.prod(math.factorial(chains.count(c)) for c in set(chains)) for chains in drawn]
+    gain = np.array([[shared(chains, block) for block in blocks] for chains in drawn], dtype=np.float64)
+    rows = np.concatenate([np.kron(np.eye(len(drawn)), np.ones(len(blocks))),
+                           np.kron(np.ones(len(drawn)), np.eye(len(blocks)))])
+    answer = linprog(-gain.ravel(), rows, [*mass, *(t for t, _ in blocks.values())])  # at most: the rest adds 0
+    return 1 - answer.fun
+
+
+def pooled(laws, n_chains, length):
+    """SpecTr's tokens per pass with k-SEQ, by enumeration: a token's successors are those of all chains with it."""
+    def accepted(chains, path):
+        if len(path) == length:
+            return 0.0
+        target, draft = laws(path)
+        rho = k_seq_rho(target, draft, len(chains))
+        kept = np.minimum(draft, target / rho)
+        share, reached = np.zeros(len(target)), 1.0
+        for chain_ in chains:
+            x = chain_[len(path)]
+            share[x] += reached * kept[x] / draft[x]
+            reached *= 1 - kept[x] / draft[x]
+        left = target - kept * (1 - (1 - kept.sum()) ** len(chains)) / kept.sum()
+        share += reached * left / left.sum()
+        return sum(share[x] * (1 + accepted([c for c in chains if c[len(path)] == x], (*path, x)))
+                   for x in {c[len(path)] for c in chains})
+
+    blocks = block_laws(laws, length)
+    return 1 + sum(math.prod(blocks[c][1] for c in chains) * accepted(chains, ())
+                   for chains in itertools.product(blocks, repeat=n_chains))
+
+
+def random_laws(size, seed):
+    def laws(path):
+        return np.random.default_rng([seed, len(path), *path]).dirichlet(np.ones(size), 2)
+    return laws
+
+
+@pytest.mark.parametrize(("size", "n_chains", "length"),
+                         [(2, 1, 3), (3, 1, 2), (2, 2, 2), (2, 3, 2), (2, 2, 3), (3, 2, 2)])
+def test_no_verification_of_chains_exceeds_their_bound(size, n_chains, length):
+    """Against the linear program over all couplings, which no exact rule exceeds; for one chain they are equal."""
+    for seed in range(5):
+        laws = random_laws(size, seed)
+        bound, best = chains_bound(laws, n_chains, length), coupled(laws, n_chains, length)
+        assert pooled(laws, n_chains, length) <= best + 1e-9 <= bound + 2e-9
+        if n_chains == 1:
+            assert best == pytest.approx(bound, abs=1e-9)
+
+
+def test_pooled_chains_exceed_what_single_positions_allow():
+    """So `optimal_tokens` of separate chains is no bound for them, as its docstring says; `chains_bound` is."""
+    target, draft = np.array([0.9, 0.1]), np.array([0.6, 0.4])
+    apart = optimal_tokens(k_chains(4, 2), lambda n: optimal(target, draft, n).acceptance)
+    found, bound = pooled(lambda path: (target, draft), 4, 2), chains_bound(lambda path: (target, draft), 4, 2)
+    assert apart + 0.1 < found <= bound <= 3
+    one = chains_bound(lambda path: (target, draft), 1, 3)  # blocks at once may yield more than position by position
+    assert one > optimal_tokens(chain(3), lambda n: optimal(target, draft, n).acceptance) + 0.01
+    assert chains_bound(lambda path: (target, target), 2, 3) == pytest.approx(4) and chains_bound(None, 2, 0) == 1
+    with pytest.raises(ValueError, match=r"length=8: blocks of 30 tokens"):
+        chains_bound(lambda path: (np.full(30, 1 / 30),) * 2, 2, 8)
+    with pytest.raises(ValueError, match="n_chains=0"):
+        chains_bound(random_laws(2, 0), 0, 2)

@@ -67,6 +67,18 @@ def test_a_search_runs_to_its_end_and_shows_its_best():
     assert panel._found.value.count("<tr>") == 1 + len(plan_of(alone.best).decisions)
 
 
+def test_a_search_that_ran_out_of_plans_says_so():
+    class Order(Slow):
+        def __call__(self, plans):
+            return [float(plan.decisions[0].prediction == "eps") for plan in plans]
+
+    space = Space(SPACE.schedule, 1, end=SPACE.end)
+    panel = search_panel(partial(search, Order(), space, n_candidates=9), 9)
+    panel.start()
+    panel.wait(30)
+    assert state(panel) == "finished" and len(panel.entries) == 2 and "space is exhausted: 2" in panel._status.value
+
+
 def test_stop_keeps_what_is_known_and_resume_asks_nothing_twice():
     fitness = Slow()
     fitness.open.clear()

@@ -3,8 +3,10 @@
     pipe.scheduler = UnifiedSolverScheduler.from_config(pipe.scheduler.config, preset="unipc_bh2")
     pipe.scheduler = UnifiedSolverScheduler.from_config(pipe.scheduler.config, plan=Plan.load("plan.json"))
     pipe("a red fox", num_inference_steps=6)                       # a plan has its own number of steps
-    pipe.scheduler = UnifiedSolverScheduler.from_config(           # Stable Diffusion 3, Flux
-        pipe.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction")
+
+That holds for flows (Stable Diffusion 3, Flux, Sana) too: a config of FlowMatchEulerDiscreteScheduler is known as one.
+A flow's sigmas, timesteps and steps of order 1 are those of the scheduler whose config it was made from, see
+`flow_sigmas`; multistep presets go on from the same sigmas.
 
 Source: USF, arXiv 2312.07243, section 3. Known differences from diffusers' own schedulers:
 - the solver is named by `preset`; solver_order, solver_type and algorithm_type of a config are not looked at;
@@ -13,17 +15,24 @@ Source: USF, arXiv 2312.07243, section 3. Known differences from diffusers' own 
   for DEIS as well, whose own scheduler ends at the least noise of the table;
 - every step goes to the next timestep, where DDIM's scheduler subtracts a constant stride;
 - coefficients are computed in double precision and applied in the sample's (half is computed in single);
-- stochastic variants, thresholding, and sigmas by Lu, exponential or beta are refused by name.
+- clip_sample is not looked at, as in diffusers' multistep schedulers, nor are LCM's and TCD's own times and noise;
+- a flow starts and ends at the sigmas themselves: one step with shift_terminal, nan in diffusers, is refused, and so
+  are timesteps for the sigmas "dpm" and "unipc", and use_dynamic_shifting without mu;
+- thresholding, learned variances, inverted sigmas, and sigmas by Lu are refused by name, and so are sigmas by
+  exponential or beta outside of flows, and any config that does not say what the model predicts and on which levels:
+  EDM, VE, consistency models, CogVideoX. A missing prediction_type is never taken for "epsilon".
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import diffusers.schedulers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -39,7 +48,27 @@ __all__ = ["UnifiedSolverScheduler"]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 SPACINGS = ("linspace", "leading", "trailing")
-_REFUSED = ("thresholding", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")
+FLOW_SIGMAS = ("even", "euler", "unipc", "dpm")
+_RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+# Fields of other schedulers' configs. What decides which levels a model knows and what it predicts there: taken from
+# the config even where it is the other class's default, since defaults differ between classes.
+_MEANING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+            "prediction_type", "use_flow_sigmas", "flow_shift", "shift", "use_dynamic_shifting", "time_shift_type")
+# Of these values only, under which the field changes nothing here.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "timestep_type": ("discrete",), "interpolation_type": ("linear",), "sigma_min": (None,), "sigma_max": (None,),
+    "lambda_min_clipped": (-math.inf,), "snr_shift_scale": (1.0,), "invert_sigmas": (False,),
+    "stochastic_sampling": (False,)}
+# Of any value: how their solvers step and clip, and what pipelines alone read.
+_SOLVERS_OWN = frozenset((
+    "solver_order", "solver_type", "algorithm_type", "euler_at_final", "predict_x0", "disable_corrector", "solver_p",
+    "predictor_order", "corrector_order", "tau_func", "skip_prk_steps", "set_alpha_to_one", "clip_sample",
+    "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "original_inference_steps",
+    "timestep_scaling"))
+_PIPELINES = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # mu comes of them
+_OF_FLOW_MATCH_EULER = ("base_shift", "invert_sigmas", "stochastic_sampling")
 
 
 @dataclass(frozen=True)
@@ -69,6 +98,14 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
     (1000 sigma for a flow), and num_inference_steps must be its number of steps. A step whose corrector is implicit
     has two entries in `timesteps`, for its two evaluations. The other arguments are those of diffusers' schedulers of
     the same names. All are saved and loaded (save_pretrained, from_pretrained, from_config), the plan with the rest.
+
+    prediction_type "flow_prediction" makes a flow, on sigmas (before the shift) that `flow_sigmas` names where
+    `set_timesteps` is given none. "even": linspace(1, 1/n, n), what Flux's pipelines give. "euler": of
+    FlowMatchEulerDiscreteScheduler, linspace(1, least, n), whose least is shifted twice. "unipc" and "dpm": of
+    UniPCMultistepScheduler and DPMSolverMultistepScheduler, the first n of n + 1; these tell the model whole timesteps,
+    cut off. from_config chooses the name by the config; directly made, it is "even".
+    use_flow_sigmas=True may be said of a flow. In `config` it stands as True for "unipc" and "dpm" alone: to schedulers
+    with it Flux's pipelines do not give their own sigmas.
     Raises ValueError that names the argument.
     """
 
@@ -84,23 +121,31 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False, use_flow_sigmas: bool = False, shift: float = 1.0,
         flow_shift: float | None = None, use_dynamic_shifting: bool = False, time_shift_type: str = "exponential",
         thresholding: bool = False, use_lu_lambdas: bool = False, use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
+        use_beta_sigmas: bool = False, flow_sigmas: str = "even", shift_terminal: float | None = None,
     ) -> None:
         for name, allowed in (("prediction_type", PREDICTION_TYPES), ("timestep_spacing", SPACINGS),
                               ("final_sigmas_type", ("zero", "sigma_min")), ("preset", tuple(PRESETS)),
-                              ("time_shift_type", ("exponential", "linear")),
+                              ("time_shift_type", ("exponential", "linear")), ("flow_sigmas", FLOW_SIGMAS),
                               ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"))):
             if self.config[name] not in allowed:
                 raise ValueError(f"{name}={self.config[name]!r}: expected one of {', '.join(allowed)}")
-        for name in _REFUSED:
+        self._is_flow = prediction_type == "flow_prediction"
+        is_free = self._is_flow and flow_sigmas in ("even", "euler")
+        for name in ("thresholding", "use_lu_lambdas", *(() if is_free else _RESPACED[1:])):
             if self.config[name]:
                 raise ValueError(f"{name}=True: this scheduler has it not, expected False")
-        if (prediction_type == "flow_prediction") != use_flow_sigmas:
-            raise ValueError(f"prediction_type={prediction_type!r}, use_flow_sigmas={use_flow_sigmas}: expected both "
-                             "of a flow or neither")
-        if use_flow_sigmas and (final_sigmas_type != "zero" or use_karras_sigmas):
+        if sum(bool(self.config[name]) for name in _RESPACED) > 1:
+            raise ValueError(", ".join(f"{name}={self.config[name]}" for name in _RESPACED) + ": expected one at most")
+        if use_flow_sigmas and not self._is_flow:
+            raise ValueError(f"use_flow_sigmas=True, prediction_type={prediction_type!r}: expected flow_prediction")
+        if self._is_flow and (final_sigmas_type != "zero" or (use_karras_sigmas and not is_free)):
             raise ValueError(f"final_sigmas_type={final_sigmas_type!r}, use_karras_sigmas={use_karras_sigmas}: a flow "
-                             "ends at the data, on sigmas of its own")
+                             "ends at the data, and has Karras sigmas where flow_sigmas is even or euler")
+        if shift_terminal is not None and not (self._is_flow and 0 <= shift_terminal < 1):
+            raise ValueError(f"shift_terminal={shift_terminal!r}, prediction_type={prediction_type!r}: expected None, "
+                             "or a number from 0 to below 1 for a flow")
+        if is_free:
+            self.register_to_config(use_flow_sigmas=False)
         if isinstance(plan, Plan):
             self.register_to_config(plan=plan.to_json())
         self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(plan)
@@ -109,7 +154,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
         if rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = 2**-24  # as diffusers, so that the largest sigma is finite
-        self.schedule: Schedule = (_Flow(num_train_timesteps) if use_flow_sigmas
+        self.schedule: Schedule = (_Flow(num_train_timesteps) if self._is_flow
                                    else DiscreteSchedule(tuple(self.alphas_cumprod.tolist())))
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -120,6 +165,20 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._past: list[Evaluated] = []
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler for the model that another scheduler's config is of; kwargs replace fields of the config.
+
+        Raises ValueError that names the field, its value and what is allowed, where the config does not say what the
+        model predicts or on which levels, or has a field that changes them in a way that is not known here.
+        """
+        if isinstance(config, Mapping):
+            config, found, foreign = _read(config, kwargs)
+            made = super().from_config(config, return_unused_kwargs, **(found | kwargs))
+            (made[0] if return_unused_kwargs else made).register_to_config(**foreign)
+            return made
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -146,8 +205,10 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
                       timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None) -> None:
         """Prepare for a trajectory of num_inference_steps steps, or over explicit falling timesteps or flow sigmas.
 
-        mu: the exponent of a flow's dynamic shift; used with use_dynamic_shifting. Raises ValueError where the steps
-        are not those of the plan, nothing or two things are given, or timesteps do not fall.
+        mu: the exponent of a flow's dynamic shift; used with use_dynamic_shifting. A flow's sigmas are shifted, as
+        diffusers does it; its timesteps are told to the model as they are, while their share of num_train_timesteps is
+        shifted into sigmas, unless sigmas are given as well. Raises ValueError where the steps are not those of the
+        plan, nothing or more than one thing is given, numbers of steps differ, or a list does not fall.
         """
         given = [timesteps is not None, sigmas is not None]
         if self.plan is not None:
@@ -157,9 +218,11 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
                                  f"own, expected num_inference_steps={n}")
             self._points, self._decisions = self.plan.grid(self.schedule), self.plan.decisions
         else:
-            if sum(given) > 1 or not (any(given) or num_inference_steps):
+            counts = {len(v) for v in (timesteps, sigmas) if v is not None} | (
+                set() if num_inference_steps is None else {num_inference_steps})
+            if (sum(given) > 1 and not self._is_flow) or len(counts) != 1 or 0 in counts:
                 raise ValueError(f"num_inference_steps={num_inference_steps}, timesteps={timesteps}, sigmas={sigmas}: "
-                                 "expected a positive number, or one of the lists")
+                                 "expected a positive number of steps, or one list, or for a flow two as long")
             levels = self._levels(num_inference_steps, mu, timesteps, sigmas)
             self._points = [*levels, CLEAN if self.config.final_sigmas_type == "zero" else self.schedule.at(0)]
             self._decisions = self._preset(len(levels))
@@ -167,9 +230,9 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         arrivals = [d.corrector == "implicit" for d in self._decisions[:-1]]
         self._entries = [i for i in range(len(self._decisions)) for _ in range(1 + (i > 0 and arrivals[i - 1]))]
         times = [self._points[i].t for i in self._entries]
-        is_whole = all(t == int(t) for t in times)
+        is_whole = all(t == int(t) for t in times) and self.config.use_flow_sigmas == self._is_flow
         self.timesteps = torch.tensor(times, dtype=torch.int64 if is_whole else torch.float32, device=device)
-        self.sigmas = torch.tensor([p.sigma if p.alpha == 0 or self.config.use_flow_sigmas else p.sigma / p.alpha
+        self.sigmas = torch.tensor([p.sigma if p.alpha == 0 or self._is_flow else p.sigma / p.alpha
                                     for p in (*(self._points[i] for i in self._entries), self._points[-1])])
         self._step_index = self._begin_index = None
         self._past = []
@@ -240,7 +303,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _levels(self, n_steps: int | None, mu: float | None, timesteps: Sequence[float] | None,
                 sigmas: Sequence[float] | None) -> list[Point]:
-        if self.config.use_flow_sigmas:
+        if self._is_flow:
             return self._flow_levels(n_steps, mu, timesteps, sigmas)
         if sigmas is not None:
             raise ValueError(f"sigmas={sigmas}: only a flow takes them, expected timesteps")
@@ -255,21 +318,54 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _flow_levels(self, n_steps: int | None, mu: float | None, timesteps: Sequence[float] | None,
                      sigmas: Sequence[float] | None) -> list[Point]:
-        config, n_train = self.config, self.config.num_train_timesteps
-        if timesteps is not None:
-            _check_falling("timesteps", timesteps)
-            return [self.schedule.at(float(t)) for t in timesteps]
+        config, n_train, kind = self.config, self.config.num_train_timesteps, self.config.flow_sigmas
+        is_cut = kind in ("unipc", "dpm")
+        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if values is not None:
+                _check_falling(name, values)
+        if timesteps is not None and is_cut:
+            raise ValueError(f"timesteps={list(timesteps)}: flow_sigmas={kind!r} takes sigmas, expected these")
         shift = config.shift if config.flow_shift is None else config.flow_shift
         if config.use_dynamic_shifting:
             if mu is None:
                 raise ValueError("mu=None: use_dynamic_shifting needs it, expected a number")
             shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
-        if sigmas is None:  # as FlowMatchEulerDiscreteScheduler, which shifts the least sigma twice
-            least = 1 / n_train if config.use_dynamic_shifting else shift / (n_train + shift - 1)
-            sigmas = np.linspace(1, least, n_steps or 0).tolist()
+        n = n_steps or len(timesteps if sigmas is None else sigmas)  # type: ignore[arg-type]
+        if sigmas is not None or timesteps is not None:
+            s = np.array(sigmas, np.float64) if sigmas is not None else np.array(timesteps, np.float64) / n_train
+        elif kind == "euler":
+            s = np.linspace(1, 1 / n_train if config.use_dynamic_shifting else shift / (n_train + shift - 1), n)
+        elif kind == "unipc":
+            s = np.linspace(1, 1 / n_train, n + 1)[:-1]
         else:
-            _check_falling("sigmas", sigmas)
-        return [self.schedule.at(n_train * shift * float(s) / (1 + (shift - 1) * float(s))) for s in sigmas]
+            s = np.linspace(1, 1 / n, n) if kind == "even" else (1 - np.linspace(1, 1 / n_train, n + 1))[:0:-1]
+        # the operations in the order of theirs: cutting off tells 20 from 19.999...
+        s = shift / (shift + (1 / s - 1)) if config.use_dynamic_shifting and kind != "dpm" else (
+            shift * s / (1 + (shift - 1) * s))
+        if config.shift_terminal:
+            if s[-1] >= 1:
+                raise ValueError(f"shift_terminal={config.shift_terminal}: {n} steps end at sigma 1, which cannot be "
+                                 "stretched; expected more steps")
+            s = 1 - (1 - s) / ((1 - s[-1]) / (1 - config.shift_terminal))
+        s = self._respaced(s)
+        if kind == "unipc" and abs(s[0] - 1) < 1e-6:
+            s[0] -= 1e-6  # as theirs, where alpha must not be 0
+        told = n_train * s if timesteps is None else np.array(timesteps, np.float64)
+        times = np.trunc(told) if is_cut else told
+        return [Point(float(t), float(1 - sigma), float(sigma)) for t, sigma in zip(times, s, strict=True)]
+
+    def _respaced(self, s: np.ndarray) -> np.ndarray:
+        """A flow's sigmas, or as many between its first and last, spaced as the config says."""
+        first, last, n = s[0], s[-1], len(s)
+        if self.config.use_karras_sigmas:
+            return np.linspace(first ** (1 / 7), last ** (1 / 7), n) ** 7
+        if self.config.use_exponential_sigmas:
+            return np.exp(np.linspace(math.log(first), math.log(last), n))
+        if self.config.use_beta_sigmas:
+            from scipy.stats import beta  # arXiv 2407.12173
+
+            return last + beta.ppf(1 - np.linspace(0, 1, n), 0.6, 0.6) * (first - last)
+        return s
 
     def _index_of(self, timestep: Any) -> int:
         """The entry of a timestep; of two equal ones the first."""
@@ -286,6 +382,52 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
             if torch.tensor(point.t, dtype=torch.float32).item() == single:
                 return point
         return self.schedule.at(t)
+
+
+def _read(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Another scheduler's config in three parts: fields of this one as they stand, those that had to be found out, and
+    foreign ones to keep. Fields that a saved config lacks are the defaults of the class that it names; `given` ones
+    replace it. ValueError where it is unclear."""
+    named = getattr(diffusers.schedulers, str(config.get("_class_name")), None)
+    defaults = {k: p.default for k, p in inspect.signature(named).parameters.items() if p.default is not p.empty} if (
+        isinstance(named, type) and issubclass(named, SchedulerMixin)) else {}
+    whole = {k: v for k, v in (defaults | dict(config)).items() if k[0] != "_"} | dict(given)
+    own = inspect.signature(UnifiedSolverScheduler).parameters
+    for name, value in whole.items():
+        if name in _NEUTRAL and value not in _NEUTRAL[name]:
+            raise ValueError(f"{name}={value!r}: of a model or levels that this scheduler does not know, expected "
+                             + " or ".join(map(repr, _NEUTRAL[name])))
+        if not (name in own or name in _NEUTRAL or name in _SOLVERS_OWN or name in _PIPELINES
+                or name in given or value in (None, False)):
+            raise ValueError(f"{name}={value!r}: this scheduler cannot tell what the field means for the model, "
+                             "expected a config without it")
+    is_euler = any(name in whole for name in _OF_FLOW_MATCH_EULER) or config.get("_class_name") == (
+        "FlowMatchHeunDiscreteScheduler")
+    found = {k: whole[k] for k in _MEANING if k in whole and k in own}
+    if "prediction_type" not in whole and is_euler:
+        found["prediction_type"] = "flow_prediction"
+    kind = found.get("prediction_type")
+    if kind is None:
+        raise ValueError(f"prediction_type={kind}: the config does not say what the model predicts, expected one of "
+                         f"{', '.join(PREDICTION_TYPES)}")
+    if kind != "flow_prediction":
+        table = ["beta_schedule"] + ["beta_start", "beta_end"] * (whole.get("beta_schedule") != "squaredcos_cap_v2")
+        missing = [k for k in table if k not in whole]
+        if missing and whole.get("trained_betas") is None:
+            raise ValueError(f"{missing[0]}=None: the config does not say on which levels the model predicts "
+                             f"{kind}, expected {' and '.join(table)}, or trained_betas")
+    elif "flow_sigmas" not in whole:
+        if is_euler and not config.get("use_flow_sigmas"):
+            found["flow_sigmas"] = "euler"
+        elif "predict_x0" in whole or "algorithm_type" in whole:
+            found["flow_sigmas"] = "unipc" if "predict_x0" in whole else "dpm"
+            if not whole.get("use_flow_sigmas"):
+                raise ValueError(f"use_flow_sigmas={whole.get('use_flow_sigmas')}, prediction_type={kind!r}: a flow's "
+                                 "prediction on levels of another model, expected use_flow_sigmas=True")
+    used = config.get("_use_default_values", ())
+    return ({k: v for k, v in config.items() if k in own or k[0] == "_"},
+            {k: v for k, v in found.items() if k not in given},
+            {k: whole[k] for k in whole if k not in own and ((k in config and k not in used) or k in _PIPELINES)})
 
 
 def _spaced(config: Any, n_steps: int) -> list[float]:

@@ -58,6 +58,7 @@ class History:
     it is the file's first line. budget: network rows that may be spent in all, entries of the file included.
     stop() is asked before each evaluation, on_entry(entry) is told after it. An evaluation is in the file before its
     answer is used; a last line cut short by a kill is dropped when the file is opened again, and only that.
+    note: a sentence by the search where it ended before it had asked for all that was wanted, else "".
 
     Raises ValueError where the file belongs to another search or is damaged elsewhere than at its end.
     """
@@ -70,6 +71,7 @@ class History:
         self._path = None if path is None else Path(path)
         self._entries: dict[str, Entry] = {}
         self._size = 0
+        self.note = ""
         if self._path is not None:
             self._open(self._path)
 

@@ -75,7 +75,11 @@ class Space:
         return self.n_steps * len(self.layers)
 
     def uniform(self) -> Candidate:
-        """Every (1 / n_steps)-th of the allowed timesteps, from the noisiest down."""
+        """Every (1 / n_steps)-th of the allowed timesteps, from the noisiest down: 999, 749, 499, 249 of 1000.
+
+        That is the spacing "trailing". The authors' code starts from "leading", 750, 500, 250, 0, which never tells
+        the network that its input is pure noise.
+        """
         n = len(self.times)
         places = [math.floor(n * (self.n_steps - i) / self.n_steps + 0.5) - 1 for i in range(self.n_steps)]
         return Candidate.of((self.times[place], ()) for place in places)
@@ -187,8 +191,9 @@ def autodiffusion(problem: Denoising, n_steps: int, *, metric: str | None = None
     is skipped; then the allowed share rises by max_skip / 5 per epoch.
 
     The history is kept at `path`, where a search that was killed goes on, without evaluating anything twice. stop() is
-    asked before each candidate, on_entry(entry) told after each. The search ends early, and its best stands, where the
-    next candidate does not fit `budget` or no new one can be found.
+    asked before each candidate, on_entry(entry) told after each. The search ends early, its best stands, and
+    history.note says why, where the next candidate does not fit `budget` or a whole generation finds no new one in
+    TRIES times as many tries.
     Costs sum over candidates of n_samples * steps * branches network rows, at most population * epochs candidates, and
     twice confirm_seeds * n_confirm (default: n_samples) samples for the confirmation on seeds after `seed`.
     Raises ValueError for arguments out of range, Cancelled where stop() is true, and what `History` and `run` raise.
@@ -218,9 +223,12 @@ def autodiffusion(problem: Denoising, n_steps: int, *, metric: str | None = None
         return history.ask(candidate.json, evaluate, rows * len(candidate.timesteps)).fitness
 
     try:
-        evolve(space, ask, max_skip=max_skip, population=population, mutation=mutation, crossover=crossover,
-               select=select, m_prob=m_prob, epochs=epochs, seed=seed)
-    except BudgetSpent:
+        if not evolve(space, ask, max_skip=max_skip, population=population, mutation=mutation, crossover=crossover,
+                      select=select, m_prob=m_prob, epochs=epochs, seed=seed):
+            history.note = (f"no new candidate: {len(history)} of at most {population * epochs} were found, and "
+                            f"none of {TRIES * population} more tried was new")
+    except BudgetSpent as spent:
+        history.note = str(spent)
         if not len(history):
             raise ValueError(f"budget={budget}: expected at least {rows * n_steps}, one candidate's cost") from None
     best, uniform = Candidate.from_json(history.best.candidate), space.uniform()
@@ -232,8 +240,11 @@ def autodiffusion(problem: Denoising, n_steps: int, *, metric: str | None = None
 
 
 def evolve(space: Space, ask: Callable[[Candidate], float], *, max_skip: float, population: int, mutation: int,
-           crossover: int, select: int, m_prob: float, epochs: int, seed: int) -> None:
-    """The evolution itself, as `autodiffusion` says; ask(candidate) -> fitness, once per candidate."""
+           crossover: int, select: int, m_prob: float, epochs: int, seed: int) -> bool:
+    """The evolution itself, as `autodiffusion` says; ask(candidate) -> fitness, once per candidate.
+
+    False where it ended early because a whole generation found nothing new.
+    """
     source = random.Random(seed)
     seen: dict[str, tuple[float, Candidate]] = {}  # of this call, not of a history that a former call has filled
 
@@ -265,7 +276,8 @@ def evolve(space: Space, ask: Callable[[Candidate], float], *, max_skip: float, 
             level = min(level + 1, STAGES)
         former = parents[0]
         if not generation(parents, int(max_skip * level / STAGES * len(space.layers) + 1e-9)):
-            return
+            return False
+    return True
 
 
 def _space(problem: Denoising, n_steps: int, times: Sequence[float] | None, max_skip: float) -> Space:

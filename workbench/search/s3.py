@@ -29,7 +29,9 @@ from workbench.search.solver import Fitness
 
 STRATEGIES = ("s3", "evolution", "random")
 ORDER_WEIGHTS = (0.2, 0.4, 0.3, 0.1)  # of orders 1 to 4, as the authors' released search draws them
+CORRECTOR_WEIGHTS = (0.5, 0.4, 0.1)  # of none, pseudo, implicit; theirs: (0.5, 0.5, 0)
 SEEDS = ("ddim", "dpmpp_2m", "dpmpp_3m_taylor", "deis_2", "deis_3", "unipc_bh2")
+PATIENCE = 1000  # plans drawn in a row that are all known: then the space counts as exhausted
 GRIDS = (("log_rho", 1.0), ("rho", 7.0), ("t", 2.0), ("t", 1.0))
 
 
@@ -39,8 +41,13 @@ class Space:
 
     is_start_free: whether the first step may also start from a cleaner level, as on the grid "leading"; the noise is
     taken for a state there, which it nearly is as long as hardly any signal is left.
-    The other fields are the probabilities and widths of a mutation, as the authors' released search has them: a change
-    of each field of each decision, of the number of steps, time_sigma in log-SNR, slope_sigma of the linear relaxation.
+    The other fields are the probabilities and widths of a mutation: `change` of each field of each decision and of
+    each time, `resize` for a step more and as much for one less, time_sigma in log-SNR, slope_sigma of the linear
+    relaxation. `change`, `resize`, slope_sigma and the odds of orders are those of the authors' released evolution.
+    Ours: time_sigma .2 (theirs multiplies a time by 1 + .08 z, or .06 z, for EDM as much in log-SNR); the odds of
+    correctors, .5, .4 and .1 for none, pseudo and implicit (theirs .5, .5 and 0); other relaxations than the linear
+    one, other starting points than the newest, their odds, and the grids of `sample`. Left out: the authors'
+    analytical first step, which saves an evaluation, coefficients of a U-Net's skips, DPM-Solver-v3's prediction.
     Raises ValueError where n_evaluations is less than 1.
     """
 
@@ -148,7 +155,7 @@ class Space:
         points: tuple[int, ...] = ()
         if order > 2 and source.random() < 0.3:
             points = (source.randrange(1, order - 1), *([order - 1] * (order - 2)))  # the slope at low order
-        corrector = source.choices(CORRECTORS, (0.5, 0.4, 0.1))[0]
+        corrector = source.choices(CORRECTORS, CORRECTOR_WEIGHTS)[0]
         start = source.randrange(1, MEMORY) if source.random() < 0.1 else 0
         return Decision(source.choice(PREDICTIONS), Expansion(order, points, kind, slope), start, corrector)
 
@@ -206,8 +213,11 @@ def search(fitness: Fitness, space: Space, *, n_candidates: int = 200, strategy:
     the last begin with known solvers and samples. Equal n_candidates are equal budgets, for all plans of a space cost
     the same. seed: the same seed gives the same history, also over a stop or a kill where a path is given (the batch
     that was cut is evaluated again).
-    stop() is asked before each batch and each entry; on_entry(entry) is told of each. Raises Cancelled on a stop,
-    ValueError for bad arguments, or where the file at `path` is of another search.
+    stop() is asked before each batch and each entry, and whenever a plan drawn is known already; on_entry(entry) is
+    told of each entry. Where PATIENCE plans drawn in a row are known, the space counts as exhausted: the history then
+    holds the fewer plans that there are, and says so in `note`. A plan whose chance to be drawn is p escapes with
+    probability (1 - p)^PATIENCE. Raises Cancelled on a stop, ValueError for bad arguments, or where the file at `path`
+    is of another search.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
@@ -220,18 +230,25 @@ def search(fitness: Fitness, space: Space, *, n_candidates: int = 200, strategy:
                        **fitness.key}, path, stop=stop, on_entry=on_entry)
     source, known = random.Random(seed), _Known(space)
     ranking = Ranking(space, seed) if strategy == "s3" else None
+    barren = 0  # rounds in a row without a plan that is new
     while len(known) < n_candidates:
         if strategy == "random" or not len(known):
             first = [] if strategy == "random" else space.seeds()
-            plans = known.fresh([*first, *(space.sample(source) for _ in range(batch))], len(first) + batch)
+            plans = known.fresh([*first, *(space.sample(source) for _ in range(batch))], len(first) + batch, stop)
         elif ranking is None:
-            plans = known.fresh(known.children(source, n_parents, crossover), batch)
+            plans = known.fresh(known.children(source, n_parents, crossover), batch, stop)
         else:
             ranking.train(known.plans, known.fitness)
             n_mutants = round(explore * batch)
-            mutants = known.fresh(known.children(source, n_parents, crossover), n_mutants)
+            mutants = known.fresh(known.children(source, n_parents, crossover), n_mutants, stop)
             plans = [*_evolved(ranking, known, source, batch - n_mutants, n_parents, crossover), *mutants]
-            plans = known.fresh(plans, batch)
+            plans = known.fresh(plans, batch, stop)
+        barren = 0 if plans else barren + 1
+        if barren * (batch if strategy == "random" else PATIENCE) >= PATIENCE:
+            history.note = (f"the space is exhausted: {len(known)} distinct plans of n_evaluations="
+                            f"{space.n_evaluations} were found where n_candidates={n_candidates} were wanted, and none "
+                            f"of {PATIENCE} more drawn was new")
+            break
         plans = plans[: n_candidates - len(known)]
         known.add(plans, _asked(history, fitness, plans, stop))
     return history
@@ -316,15 +333,20 @@ class _Known:
     def best(self, n: int) -> list[Plan]:
         return [self.plans[i] for i in sorted(range(len(self)), key=self.fitness.__getitem__)[:n]]
 
-    def fresh(self, plans: Iterable[Plan], n: int) -> list[Plan]:
-        """The first n distinct plans that are not known yet."""
-        seen, out = set(self.plans), list[Plan]()
+    def fresh(self, plans: Iterable[Plan], n: int, stop: Callable[[], bool]) -> list[Plan]:
+        """The first n distinct plans that are not known yet; fewer where PATIENCE in a row are known."""
+        seen, out, repeats = set(self.plans), list[Plan](), 0
         for plan in plans:
-            if len(out) == n:
+            if len(out) == n or repeats == PATIENCE:
                 break
-            if plan not in seen:
+            if plan in seen:
+                repeats += 1
+                if stop():
+                    raise Cancelled
+            else:
                 seen.add(plan)
                 out.append(plan)
+                repeats = 0
         return out
 
     def children(self, source: random.Random, n_parents: int, crossover: float) -> Iterable[Plan]:

@@ -19,8 +19,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
+from workbench.speculation.acceptance import optimal
 from workbench.speculation.drafting import most_likely
 
+MAX_BLOCKS = 2_000_000  # of chains_bound: seconds, and some hundred MB
 POLICIES = ("constant", "heuristic", "confidence")
 
 
@@ -156,8 +158,12 @@ def expected_tokens(shape: Shape, rank_acceptance: ArrayLike) -> float:
 
 
 def optimal_tokens(shape: Shape, acceptance: Callable[[int], float]) -> float:
-    """The most tokens per target pass that verifying each position on its own can yield on this tree, 1 or more.
+    """The most tokens per target pass that verifying each node's children on their own can yield on this tree, from 1.
 
+    It bounds rules that decide at a node by the law there and its own children, where each node draws its children for
+    itself: SpecInfer's, Sequoia's, and a single chain's. It bounds neither SpecTr's pooled chains, where a token that
+    several chains agree on is followed by the next tokens of all of them (`chains_bound` does), nor rules that decide
+    over whole blocks (arXiv 2403.10444).
     acceptance(n): the largest probability that one of n drafts of a position is accepted (`acceptance.optimal`, for the
     way they are drawn), taken for the same at every node. From the leaves up: a node yields 1 + acceptance(children)
     times the best of its children, so where children's subtrees differ this is a bound, where they are alike the value.
@@ -171,6 +177,33 @@ def optimal_tokens(shape: Shape, acceptance: Callable[[int], float]) -> float:
                 raise ValueError(f"acceptance({len(children)})={accepted!r}: expected a probability")
             yields[node] += accepted * max(yields[child] for child in children)
     return yields[-1]
+
+
+def chains_bound(laws: Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]], n_chains: int, length: int
+                 ) -> float:
+    """What no exact verification of n_chains i.i.d. chains of `length` drafts exceeds in tokens per target pass.
+
+    That is pooled chains under any rule, position by position or over whole blocks. laws(path): target_probs and
+    draft_probs (V,) after the context and these tokens. An exact rule's output follows the target whatever was drafted,
+    so i of its tokens are accepted with at most the probability that one of n_chains blocks of i drafts can equal the
+    first i tokens of the output: `acceptance.optimal` for the laws of blocks, tokens of a vocabulary V^i. The bound is
+    1 + their sum over i. No rule need attain all of them at once; for one chain a coupling does.
+    Cost: V^length laws of blocks, sorted. Our derivation. Raises ValueError where they are more than MAX_BLOCKS.
+    """
+    _at_least(n_chains, 1, "n_chains")
+    _at_least(length, 0, "length")
+    bound, target, draft = 1.0, np.ones(1), np.ones(1)
+    paths: list[tuple[int, ...]] = [()]
+    for _ in range(length):
+        found = [laws(path) for path in paths]
+        size = len(found[0][0])
+        if len(paths) * size > MAX_BLOCKS:
+            raise ValueError(f"length={length}: blocks of {size} tokens are more than {MAX_BLOCKS}, expected fewer")
+        target, draft = ((before[:, None] * np.array([pair[k] for pair in found])).ravel()
+                         for k, before in enumerate((target, draft)))
+        bound += optimal(target, draft, n_chains).acceptance
+        paths = [(*path, token) for path in paths for token in range(size)]
+    return bound
 
 
 def sequoia(rank_acceptance: ArrayLike, n_nodes: int, max_depth: int | None = None) -> Shape:
