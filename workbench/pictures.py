@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,25 +27,24 @@ def save_grid(images: Any, path: str | os.PathLike[str], columns: int | None = N
     if listed is not None and len({(a.shape, a.dtype) for a in listed}) > 1:
         raise ValueError(f"images of different sizes, {sorted({str(a.shape) for a in listed})}: expected one size")
     stack = np.asarray(images) if listed is None else np.stack(listed) if listed else np.zeros((0, 0, 0), np.uint8)
-    if stack.ndim not in (3, 4) or (stack.ndim == 4 and stack.shape[3] != 3) or stack.dtype != np.uint8 or not len(stack):
-        raise ValueError(f"images of shape {stack.shape}, {stack.dtype}: expected (n, H, W) or (n, H, W, 3), n at least "
-                         "1, uint8")
+    is_known = stack.ndim == 3 or (stack.ndim == 4 and stack.shape[3] == 3)
+    if not is_known or stack.dtype != np.uint8 or not len(stack):
+        raise ValueError(f"images of shape {stack.shape}, {stack.dtype}: expected uint8 of shape (n, H, W) or "
+                         "(n, H, W, 3), n at least 1")
     columns = math.ceil(math.sqrt(len(stack))) if columns is None else columns
     if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
         raise ValueError(f"columns={columns!r}: expected an integer of at least 1")
     columns = min(columns, len(stack))
     rows = -(-len(stack) // columns)
-    height, width, *channels = stack.shape[1:]
+    height, width, channels = *stack.shape[1:3], stack.shape[3:]
     grid = np.zeros((rows * columns, height, width, *channels), np.uint8)
     grid[: len(stack)] = stack
     grid = grid.reshape(rows, columns, height, width, *channels).swapaxes(1, 2)
     picture = Image.fromarray(grid.reshape(rows * height, columns * width, *channels))
-    handle, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="PNG")
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+        picture.save(part, format="PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path

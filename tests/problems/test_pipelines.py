@@ -12,7 +12,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    EDMEulerScheduler,
     StableDiffusionPipeline,
 )
 from integrations import tiny_pipelines as tiny
@@ -107,8 +107,8 @@ def test_bad_input_is_named() -> None:
     smaller.transformer.register_to_config(sample_size=4)
     with pytest.raises(ValueError, match=r"different shapes.*\(4, 4, 4\).*\(4, 8, 8\)"):
         from_pipelines(smaller, dit, conditions=[0])
-    dit.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+    dit.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod: expected"):
         from_pipelines(dit, conditions=[0])
 
 

@@ -79,7 +79,7 @@ def device_of(pipe: Any) -> torch.device:
     return torch.device(getattr(pipe, "_execution_device", None) or denoiser(pipe).device)
 
 
-def embedded_guidance(pipe: Any, given: float | None) -> float | None:
+def guidance_input(pipe: Any, given: float | None) -> float | None:
     """The guidance that a distilled denoiser takes as an input (Flux, LCM): given, or the pipeline call's default.
 
     None where the denoiser has no such input. Raises ValueError where one is given and it has none, or is no number.
@@ -102,12 +102,14 @@ def part_of(name: str, pipe: Any, asked: Asked) -> Part:
     kind = type(getattr(module, "_orig_mod", module)).__name__
     shape = _shape(name, pipe, kind, asked)
     schedule, prediction = _levels(name, pipe, math.prod(shape[1:]) // 4)
+    told = pipe.scheduler.config.num_train_timesteps if prediction == "flow" else None
     if kind in KINDS[:3]:
         _all_texts(name, asked.conditions)
         make = {"UNet2DConditionModel": _unet, "SD3Transformer2DModel": _sd3, "FluxTransformer2DModel": _flux}[kind]
         network, has_null = make(name, pipe, module, asked, shape)
         count = len(asked.conditions)
-        return Part(name, network, schedule, prediction, count if has_null else None, shape, list(range(count)))
+        null = count if has_null else None
+        return Part(name, _told(network, told), schedule, prediction, null, shape, list(range(count)))
     if kind == "DiTTransformer2DModel" or (kind == "UNet2DModel" and module.config.num_class_embeds):
         null = module.config.num_embeds_ada_norm if kind.startswith("DiT") else module.config.num_class_embeds - 1
         wrong = [c for c in asked.conditions if not isinstance(c, int) or isinstance(c, bool) or not 0 <= c < null]
@@ -116,12 +118,15 @@ def part_of(name: str, pipe: Any, asked: Asked) -> Part:
         if asked.negative_prompt is not None:
             raise ValueError(f"negative_prompt={asked.negative_prompt!r}: {name} takes class numbers, no texts: "
                              "expected None")
-        return Part(name, _by_class(module), schedule, prediction, null, shape, list(asked.conditions))
+        return Part(name, _told(_by_class(module), told), schedule, prediction, null, shape, list(asked.conditions))
     raise ValueError(f"{name}: cannot drive a {kind}: expected one of {', '.join(KINDS)} (the last with classes)")
 
 
 def check_vae(ours: Any, hosts: Any, who: str) -> None:
-    """Raises ValueError, with both values, where the latents of two pipelines do not mean the same to the host's VAE."""
+    """Raises ValueError, with both values, where latents of one pipeline do not mean the same to the host's VAE.
+
+    Other weights of a VAE are no reason: decoders are refined on latents that stay.
+    """
     if getattr(ours, "vae", None) is None or getattr(hosts, "vae", None) is None:
         return
     pairs = {f"vae {key}": tuple(_plain(p.vae.config.get(key)) for p in (ours, hosts)) for key in VAE_FIELDS}
@@ -160,8 +165,8 @@ def _levels(name: str, pipe: Any, n_tokens: int) -> tuple[Schedule, str]:
             least = _shifted(least, shift)  # diffusers shifts its last level twice
         return ShiftedFlow(cleanest=_shifted(least, shift), shift=shift), "flow"
     if not hasattr(scheduler, "alphas_cumprod") or config.get("use_flow_sigmas"):
-        raise ValueError(f"{who} {'has use_flow_sigmas set' if config.get('use_flow_sigmas') else 'has no alphas_cumprod'}"
-                         f": expected a scheduler with alphas_cumprod (DDIM, DPM-Solver, Euler...) or one of "
+        why = "has use_flow_sigmas set" if config.get("use_flow_sigmas") else "has no alphas_cumprod"
+        raise ValueError(f"{who} {why}: expected a scheduler with alphas_cumprod (DDIM, DPM-Solver) or one of "
                          f"{', '.join(FLOWS)}; `workbench.integrations.diffusers.stitch` takes any")
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
@@ -193,6 +198,13 @@ def _shape(name: str, pipe: Any, kind: str, asked: Asked) -> tuple[int, ...]:
     return (channels, *sides)
 
 
+def _told(network: Network, times: int | None) -> Network:
+    """A flow's network as its pipeline asks it: with times from 0 to `times`, not to 1."""
+    if times is None:
+        return network
+    return lambda x, t, labels: network(x, t.to(torch.float32) * times, labels)
+
+
 def _by_class(module: Any) -> Network:
     def network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         out = module(x.to(module.dtype), t, class_labels=labels, return_dict=False)[0]
@@ -211,7 +223,7 @@ def _unet(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...
                              f"needs an image): expected {' or '.join(map(str, allowed))}; `stitch` takes it")
     if getattr(config, "encoder_hid_dim_type", None) is None and getattr(module, "encoder_hid_proj", None) is not None:
         raise ValueError(f"{name}: an IP-Adapter is loaded, which needs an image: unload it; `stitch` takes it")
-    weight, prompts, where = embedded_guidance(pipe, asked.embedded_guidance), list(asked.conditions), device_of(pipe)
+    weight, prompts, where = guidance_input(pipe, asked.embedded_guidance), list(asked.conditions), device_of(pipe)
     pooled = None
     with torch.no_grad():
         if is_xl:
@@ -242,7 +254,7 @@ def _unet(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...
 
 
 def _sd3(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...]) -> tuple[Network, bool]:
-    embedded_guidance(pipe, asked.embedded_guidance)  # refuses what it has not
+    guidance_input(pipe, asked.embedded_guidance)  # refuses what it has not
     with torch.no_grad():
         texts, none, pooled, none_pooled = pipe.encode_prompt(
             prompt=list(asked.conditions), prompt_2=None, prompt_3=None, device=device_of(pipe),
@@ -250,7 +262,7 @@ def _sd3(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...]
     table, pooled = torch.cat((texts, none[:1])), torch.cat((pooled, none_pooled[:1]))
 
     def network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return module(hidden_states=x.to(module.dtype), timestep=t.to(torch.float32) * 1000, return_dict=False,
+        return module(hidden_states=x.to(module.dtype), timestep=t, return_dict=False,
                       encoder_hidden_states=table[labels].to(module.dtype),
                       pooled_projections=pooled[labels].to(module.dtype))[0].to(x.dtype)
 
@@ -258,7 +270,7 @@ def _sd3(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...]
 
 
 def _flux(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...]) -> tuple[Network, bool]:
-    weight, where = embedded_guidance(pipe, asked.embedded_guidance), device_of(pipe)
+    weight, where = guidance_input(pipe, asked.embedded_guidance), device_of(pipe)
     texts = [*asked.conditions, *([] if asked.negative_prompt is None else [asked.negative_prompt])]
     with torch.no_grad():
         table, pooled, text_places = pipe.encode_prompt(prompt=texts, device=where, num_images_per_prompt=1)
@@ -267,7 +279,7 @@ def _flux(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...
 
     def network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         strength = None if weight is None else torch.full((len(x),), weight, device=x.device)
-        out = module(hidden_states=pack(x).to(module.dtype), timestep=t.to(module.dtype), guidance=strength,
+        out = module(hidden_states=pack(x).to(module.dtype), timestep=(t / 1000).to(module.dtype), guidance=strength,
                      pooled_projections=pooled[labels].to(module.dtype),
                      encoder_hidden_states=table[labels].to(module.dtype), txt_ids=text_places,
                      img_ids=places.to(x.device, module.dtype), return_dict=False)[0]

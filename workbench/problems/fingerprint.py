@@ -144,7 +144,7 @@ class _Hash:
                                if t is not None]
                     yield repr([(n, tuple(t.shape), t.dtype) for n, t in tensors])
                     if self.weights:
-                        yield from pool.map(lambda named: _tensor(named[1], f"{path}.{named[0]}"), tensors)
+                        yield from pool.map(_tensor, [t for _, t in tensors], [f"{path}.{n}" for n, _ in tensors])
                         yield from (self.of(vars(t.quant_state)) for _, t in tensors if hasattr(t, "quant_state"))
 
     def settings(self, module: nn.Module) -> dict[str, Any]:
