@@ -392,6 +392,8 @@ class StitchedPipeline(DiffusionPipeline):
     def _on_each(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A method of the host's class with every denoiser in its place, the host's last; text encoders once."""
         whole, texts = getattr(self, self._denoiser_name), _text_encoders(self)
+        if not isinstance(whole, StitchedDenoiser):  # asked by a method that is being done with one denoiser
+            return method(self, *args, **kwargs)
         if method.__name__ in ("set_adapters", "delete_adapters", "set_lora_device", "fuse_lora"):
             first = args[0] if args and method.__name__ != "fuse_lora" else None
             _check_adapters(whole, method.__name__, kwargs.get("adapter_names", first))
