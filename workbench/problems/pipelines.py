@@ -105,7 +105,7 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
     whole = digest_of_values(
         texts, list(conditions), names, negative_prompt, guidance_rescale, shape, judge,
         [guidance_input(p, embedded_guidance) for p in pipelines], [_levels(p) for p in pipelines],
-        [_words(p, asked) for p in pipelines])
+        [_words(p, asked) for p in pipelines], [_configs(p, host) for p in pipelines])
     settings = [denoiser(p) for p in pipelines] + [getattr(host, "vae", None)]
     return Denoising(
         name=name, digest=digest_of_values(whole, settings, weights=False), schedule=schedule, models=models,
@@ -231,6 +231,13 @@ def _check_numbers(guidance: float | None, rescale: float, max_rows: int | None)
 def _config(module: Any) -> dict[str, Any]:
     config = module.config
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _configs(pipe: Any, host: Any) -> list[Any]:
+    """Configurations of what answers are made with, weights aside: a VAE's scale, a denoiser's guidance input."""
+    vae = getattr(host, "vae", None)
+    return [{k: v for k, v in _config(m).items() if not str(k).startswith("_")}
+            for m in (denoiser(pipe), *([] if vae is None else [vae]))]
 
 
 def _encoders(pipe: Any) -> list[Any]:
