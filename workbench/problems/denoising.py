@@ -359,6 +359,8 @@ class Denoiser:
     "v" = alpha eps - sigma x0 (arXiv 2202.00512), which needs alpha^2 + sigma^2 = 1, or "flow", the velocity eps - x0
     of a rectified flow (arXiv 2209.03003), which needs alpha + sigma = 1.
     schedule is the one that the network was trained on; null_label is the label that means "no label", if it has one.
+    guidance_rescale: the share of a guided output that is brought back to the standard deviation of the conditional one
+    (arXiv 2305.08891, equations 15 and 16).
     Raises ValueError for another prediction, or one that the schedule has not.
     """
 
@@ -368,6 +370,7 @@ class Denoiser:
     prediction: str = "eps"
     null_label: int | None = None
     module: Any = field(default=None, compare=False, repr=False)  # the torch module behind network, where there is one
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -414,6 +417,10 @@ class Denoiser:
             both = torch.cat((torch.full_like(labels, self.null_label), labels))
             out = self.network(twice, times.repeat(2), both)
             raw = torch.lerp(out[: len(x)], out[len(x) :], guidance)
+            if self.guidance_rescale:
+                inner = tuple(range(1, raw.ndim))
+                spread = out[len(x) :].std(inner, keepdim=True) / raw.std(inner, keepdim=True)
+                raw = torch.lerp(raw, raw * spread, self.guidance_rescale)
         else:
             raw = self.network(own, times, labels)
         if self.prediction == "eps":
