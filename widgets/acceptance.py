@@ -22,6 +22,7 @@ import numpy as np
 import traitlets
 
 from widgets.frontier import COLOURS
+from widgets.live import Guard, Outbox, told
 from workbench.problems.decoding import Decoding, rank_acceptance
 from workbench.speculation.acceptance import Optimum, draft_law, optimal, remainder
 from workbench.speculation.drafting import warp
@@ -99,13 +100,12 @@ class LivePanel:
         self.numbers: dict[str, Any] = {}
         self.error: BaseException | None = None
         self._name, self._draw, self._move, self._changed = name, draw, move, changed
-        self._lock, self._drawn = threading.Condition(), 0
-        self._revision, self._is_working = 1, False
-        self.published: dict[str, dict[str, Any]] = {
+        self._outbox = Outbox({
             "spec": {"name": name, "sliders": [s.spec() for s in sliders]},
             "view": {"values": dict(self.values), "title": name, "body": "", "status": "", "key": "", "code": "",
-                     "error": ""}}
-        self._listeners: list[Callable[[str, Any], None]] = []
+                     "error": ""}})
+        self._lock, self._drawn = Guard(self._outbox), 0
+        self._revision, self._is_working = 1, False
         self.is_headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
         self._wake()
 
@@ -115,19 +115,30 @@ class LivePanel:
             if name not in self.sliders:
                 raise ValueError(f"{name}: no slider of this panel; it has {', '.join(self.sliders)}")
             self.sliders[name] = replace(self.sliders[name], start=value)
-        self.published["spec"] = {"name": self._name, "sliders": [s.spec() for s in self.sliders.values()]}
-        self._tell("spec")
+        self._outbox.put("spec", {"name": self._name, "sliders": [s.spec() for s in self.sliders.values()]})
+        self._outbox.send()
         for name, value in values.items():
             self._take(self._changed({**self.values, name: value}, name))
         self._wake()
 
     def receive(self, wish: Mapping[str, Any]) -> None:
-        """What the front end asks for: {"knob", "index"} of a slider, or {"point", "x", "y"} of a point dragged."""
-        if "knob" in wish:
-            slider = self.sliders[wish["knob"]]
-            self._take(self._changed({**self.values, slider.name: slider.values[int(wish["index"])]}, slider.name))
-        elif self._move is not None:
-            self._take(self._move(self.values, wish["point"], float(wish["x"]), float(wish["y"])))
+        """What the front end asks for: {"knob", "index"} of a slider, or {"point", "x", "y"} of a point dragged.
+
+        What cannot be is said in the panel, never raised; the values stay.
+        """
+        try:
+            if "knob" in wish:
+                slider = self.sliders[wish["knob"]]
+                index = int(wish["index"])
+                if not 0 <= index < len(slider.values):
+                    raise ValueError(f"{slider.name}: place {index}, expected 0 to {len(slider.values) - 1}")
+                self._take(self._changed({**self.values, slider.name: slider.values[index]}, slider.name))
+            elif self._move is not None:
+                self._take(self._move(self.values, wish["point"], float(wish["x"]), float(wish["y"])))
+        except Exception as error:
+            with self._lock:
+                self._outbox.put("view", {**self.published["view"], "error": told(error)})
+            return
         self._wake()
 
     def wait(self, timeout: float = 60) -> None:
@@ -138,19 +149,17 @@ class LivePanel:
 
     def subscribe(self, listener: Callable[[str, Any], None]) -> None:
         """listener(name, value) of what is published, from now on and once at first."""
-        with self._lock:
-            self._listeners.append(listener)
-            for name, value in self.published.items():
-                listener(name, value)
+        self._outbox.subscribe(listener)
+        self._outbox.send()
+
+    @property
+    def published(self) -> dict[str, Any]:
+        return self._outbox.published
 
     def _take(self, values: Values) -> None:
         with self._lock:
             self.values = values
             self._revision += 1
-
-    def _tell(self, name: str) -> None:
-        for listener in self._listeners:
-            listener(name, self.published[name])
 
     def _wake(self) -> None:
         if self.is_headless:
@@ -198,8 +207,7 @@ class LivePanel:
             view |= {"title": drawing.title, "body": drawing.body, "status": drawing.status, "key": drawing.key,
                      "code": drawing.code}
         with self._lock:
-            self.published["view"] = view
-            self._tell("view")
+            self._outbox.put("view", view)
 
     @cached_property
     def widget(self) -> LiveWidget:

@@ -22,6 +22,7 @@ import traitlets
 
 import workbench
 from widgets.explorer import FRAME, HERE, Explorer, ExplorerWidget, Stop
+from widgets.live import wish
 from workbench import METHODS, Cancelled, Inputs, Run, Step, Store
 from workbench.problems.decoding import Decoding, efficiency
 from workbench.speculation.acceptance import optimal
@@ -159,11 +160,12 @@ class DraftsExplorer(Explorer):
 
     def receive(self, intent: Mapping[str, Any]) -> None:
         """As `Explorer.receive`, and "select" with "block"."""
+        intent = wish(intent)
         if intent["kind"] != "select":
             super().receive(intent)
             return
         self._ack = intent["id"]
-        with suppress(ValueError):  # the text has changed since
+        with suppress(Exception):  # no number, or the text has changed since
             self.select(int(intent["block"]))
         self._publish_view()
 

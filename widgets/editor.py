@@ -6,13 +6,10 @@ worker thread that shows the newest plan first. `editor.js` draws what it publis
 
 from __future__ import annotations
 
-import atexit
 import base64
 import json
 import math
-import os
 import struct
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +24,7 @@ import traitlets
 from torch import Tensor
 
 import workbench
+from widgets.live import Live, told, wish
 from workbench import Cancelled, Memo, Quality
 from workbench.cost import Meter
 from workbench.methods.denoising._march import MEMORY
@@ -49,6 +47,7 @@ from workbench.search.solver import exact_flow, run_plans
 
 HERE = Path(__file__).parent
 MAX_STEPS = 40
+PAST = 200  # settings that can be undone
 GAP = 0.02  # least distance between two marks, in log-SNR
 KEPT = 64  # answers of plans that are remembered
 FIELDS = ("order", "prediction", "relaxation", "start", "corrector", "correction_order")
@@ -146,7 +145,7 @@ class Flow:
         return self._known[point.t]
 
 
-class ScheduleEditor:
+class ScheduleEditor(Live):
     """Live editor of a solver schedule. Use `schedule_editor(...)`; as a cell's last line it shows itself.
 
     plan: the schedule now; answers: {"yours", "preset", "best"}: Answer, as far as they are known; view, frames: what
@@ -179,20 +178,13 @@ class ScheduleEditor:
         self._gesture: Any = None
         self._status, self._notice, self._ack = "", "", ""
         self._error: BaseException | None = None
-        self._listeners: list[Callable[[str, Any], None]] = []
-        self._change = threading.Condition(threading.RLock())
-        self._publishing = threading.Lock()
-        self._revision, self._generation, self._is_closed = 0, 0, False
+        self._open("editor", {"view": {}, "reply": {}, **dict.fromkeys(ARMS, b"")})
+        self._revision = 0
         self._drawn: dict[str, tuple[str, int] | None] = dict.fromkeys(ARMS)
         check = Setting(_LINE, preset, spacing, final, seed)
         self.setting = self._start = replace(check, plan=self._preset_plan(preset, spacing, final, n_steps))
-        self.published: dict[str, Any] = {"spec": self._spec(), "view": {}, "reply": {}, **dict.fromkeys(ARMS, b"")}
+        self._publish("spec", self._spec())
         self._publish_view()
-        self.is_headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
-        if not self.is_headless:
-            self._worker = threading.Thread(target=self._work, name="editor", daemon=True)
-            self._worker.start()
-            atexit.register(self._close)
         self._wake()
 
     # ---------------------------------------------------------------- what a notebook uses
@@ -339,15 +331,9 @@ class ScheduleEditor:
 
     # ---------------------------------------------------------------- the front end's side
 
-    def subscribe(self, listener: Callable[[str, Any], None]) -> None:
-        """listener(name, value) is called for each thing published, from any thread; at once for what there is."""
-        with self._publishing:
-            self._listeners.append(listener)
-            for name, value in self.published.items():
-                listener(name, value)
-
     def receive(self, intent: Mapping[str, Any]) -> None:
         """One wish of the front end, a dict with "id" and "kind". What cannot be is shown as a notice, never raised."""
+        intent = wish(intent)
         self._ack, self._notice = intent["id"], ""
         actions: dict[str, Callable[[], object]] = {
             "undo": self.undo, "redo": self.redo, "reset": self.reset,
@@ -364,25 +350,16 @@ class ScheduleEditor:
         }
         try:
             actions[intent["kind"]]()
-        except (KeyError, TypeError, ValueError) as error:
-            self._notice = str(error.args[0]) if error.args else repr(error)
+        except Exception as error:  # whatever it was asked for: the marks live on
+            self._notice = told(error)
         self._publish_view()
 
     def _reply(self, intent: Mapping[str, Any], text: str) -> None:
         self._publish("reply", {"id": intent["id"], "kind": intent["kind"], "text": text})
 
-    def _publish(self, name: str, value: Any) -> None:
-        with self._publishing:
-            self.published[name] = value
-            for listener in self._listeners:
-                listener(name, value)
-
     def _publish_view(self) -> None:
-        with self._publishing:  # built inside, so that an older view never follows a newer one
-            with self._change:
-                self.published["view"] = self._view()
-            for listener in self._listeners:
-                listener("view", self.published["view"])
+        with self._change:  # put inside, so that an older view never follows a newer one; sent once this is let go
+            self._outbox.put("view", self._view())
 
     # ---------------------------------------------------------------- plans
 
@@ -415,6 +392,7 @@ class ScheduleEditor:
             if wanted != self.setting:
                 if gesture is None or gesture != self._gesture:
                     self._past.append(self.setting)
+                    del self._past[:-PAST]
                 self._future.clear()
             self._gesture = gesture
             self._go(wanted)
@@ -444,34 +422,33 @@ class ScheduleEditor:
             while task := self._task():
                 task(lambda: False)
         self._publish_view()
+        self._rouse()
 
-    def _close(self) -> None:
-        """End the worker before the interpreter does: torch does not survive being cut off in the middle."""
+    def _release(self) -> None:
+        self._memo.clear()
+
+    def _turn(self) -> float:
         with self._change:
-            self._is_closed = True
-            self._generation += 1
-            self._change.notify_all()
-        self._worker.join(10)
-
-    def _work(self) -> None:
-        while not self._is_closed:
-            with self._change:
-                generation = self._generation
-                task = self._task() if self._error is None else None
-                if task is None:
-                    self._change.notify_all()
-                    self._change.wait()
-                    continue
+            generation = self._generation
             try:
-                task(lambda generation=generation: self._generation != generation)
-            except Cancelled:
-                pass
-            except Exception as error:  # kept for wait() and shown; the marks live on
-                with self._change:
-                    if generation == self._generation:
-                        self._error = error
-                        self._change.notify_all()
+                task = self._task() if self._error is None else None
+            except Exception as error:
+                self._error, task = error, None
                 self._publish_view()
+            if task is None:
+                self._change.notify_all()
+                return 5.0
+        try:
+            task(lambda: self._generation != generation)
+        except Cancelled:
+            pass
+        except Exception as error:  # kept for wait() and shown; the marks live on
+            with self._change:
+                if generation == self._generation:
+                    self._error = error
+                    self._change.notify_all()
+            self._publish_view()
+        return 0.0
 
     def _wanted(self) -> dict[str, tuple[str, int]]:
         """The keys of the plans on show."""

@@ -6,15 +6,12 @@ the newest settings and does useful things while nobody asks. `explorer.js` draw
 
 from __future__ import annotations
 
-import atexit
 import base64
 import csv
 import io
 import json
 import math
-import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +27,7 @@ import traitlets
 from torch import Tensor
 
 import workbench
+from widgets.live import MAX_SAMPLES, Live, told, wish
 from workbench import METHODS, METRICS, Cancelled, Cost, Inputs, Memo, Run, Step, Store, Timing
 from workbench.cost import Meter, Network
 from workbench.frontier import points
@@ -42,6 +40,8 @@ from workbench.run import environment
 from workbench.sweep import address
 
 HERE = Path(__file__).parent
+PAST = 200  # settings that can be undone
+MAX_RUNS, MAX_RUN_BYTES = 1000, 64_000_000  # remembered; a store keeps all
 QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
 FRAME = 1 / 30  # seconds between two previews of one run
 BATCH = 25  # samples per batch of a long score
@@ -68,7 +68,7 @@ class _Score:
         return sum(len(part) for part in self.parts)
 
 
-class Explorer:
+class Explorer(Live):
     """Live controller of one problem and several methods. Use `explorer(...)`; as a cell's last line it shows itself.
 
     inputs: the settings wanted. run: the Run shown (None before the first). runs: all Runs so far.
@@ -110,21 +110,13 @@ class Explorer:
         self._pinned: Run | None = None
         self._status, self._notice, self._ack = "", "", ""
         self._error: BaseException | None = None
-        self._listeners: list[Callable[[str, Any], None]] = []
-        self._change = threading.Condition(threading.RLock())
-        self._publishing = threading.Lock()
-        self._revision, self._frontier_is_old, self._is_closed = 0, False, False
-        self._generation, self._touched, self._is_idle = 0, 0.0, False
+        self._open("explorer", {"view": {}, "frontier": {}, "frame": b"", "pinned": b"", "reply": {}})
+        self._revision, self._frontier_is_old = 0, False
+        self._touched, self._is_idle = 0.0, False
         self.run: Run | None = None
         self.inputs = self._start = self._inputs(self.methods[0], seed, n_samples, {})
-        self.published: dict[str, Any] = {"spec": self._spec(), "view": {}, "frontier": {}, "frame": b"", "pinned": b"",
-                                          "reply": {}}
+        self._publish("spec", self._spec())
         self._publish_view()
-        self.is_headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
-        if not self.is_headless:
-            self._worker = threading.Thread(target=self._work, name="explorer", daemon=True)
-            self._worker.start()
-            atexit.register(self._close)
         self._wake()
 
     # ---------------------------------------------------------------- what a notebook uses
@@ -206,7 +198,7 @@ class Explorer:
         if given.method not in self.methods:
             raise ValueError(f"this link uses the method {given.method!r}; this explorer has {', '.join(self.methods)}")
         wanted = workbench.inputs(given.method, self.problem, given.seed, given.n_samples, **given.knobs)
-        self._move(wanted)
+        self._move(self._bounded(wanted))
         if wanted.code != given.code:
             self._notice = f"the link was made with code {given.code}, here is {wanted.code}: numbers may differ"
             self._publish_view()
@@ -258,15 +250,9 @@ class Explorer:
 
     # ---------------------------------------------------------------- the front end's side
 
-    def subscribe(self, listener: Callable[[str, Any], None]) -> None:
-        """listener(name, value) is called for each thing published, from any thread; at once for what there is."""
-        with self._publishing:
-            self._listeners.append(listener)
-            for name, value in self.published.items():
-                listener(name, value)
-
     def receive(self, intent: Mapping[str, Any]) -> None:
         """One wish of the front end, a dict with "id" and "kind". What cannot be is shown as a notice, never raised."""
+        intent = wish(intent)
         self._ack, self._notice = intent["id"], ""
         actions: dict[str, Callable[[], object]] = {
             "undo": self.undo, "redo": self.redo, "reset": self.reset, "pin": self.pin, "unpin": self.unpin,
@@ -283,34 +269,22 @@ class Explorer:
         }
         try:
             actions[intent["kind"]]()
-        except (KeyError, TypeError, ValueError) as error:
-            self._notice = str(error.args[0]) if error.args else repr(error)
+        except Exception as error:  # whatever it was asked for: the sliders live on
+            self._notice = told(error)
         if self._notice or self.view.get("ack") != self._ack:
             self._publish_view()
 
     def _reply(self, intent: Mapping[str, Any], **content: Any) -> None:
         self._publish("reply", {"id": intent["id"], "kind": intent["kind"], **content})
 
-    def _publish(self, name: str, value: Any) -> None:
-        with self._publishing:
-            self.published[name] = value
-            for listener in self._listeners:
-                listener(name, value)
-
     def _publish_view(self) -> None:
-        with self._publishing:  # built inside, so that an older view never follows a newer one
-            with self._change:
-                self.published["view"] = self._view()
-            for listener in self._listeners:
-                listener("view", self.published["view"])
+        with self._change:  # put inside, so that an older view never follows a newer one; sent once this is let go
+            self._outbox.put("view", self._view())
 
     def _publish_frontier(self, stop: Stop | None = None) -> None:
-        with self._publishing:
-            with self._change:
-                self._frontier_is_old = False
-                self.published["frontier"] = self._frontier()
-            for listener in self._listeners:
-                listener("frontier", self.published["frontier"])
+        with self._change:
+            self._frontier_is_old = False
+            self._outbox.put("frontier", self._frontier())
 
     # ---------------------------------------------------------------- settings
 
@@ -327,7 +301,15 @@ class Explorer:
             others = {k: known.get(k, spec.knobs[k].default) for k in bound.knob.needs}
             if name not in changes and not bound.knob.is_met(others):
                 known.pop(name, None)  # without effect now: back to its default
-        return workbench.inputs(spec, self.problem, seed, n_samples, **known)
+        return self._bounded(workbench.inputs(spec, self.problem, seed, n_samples, **known))
+
+    def _bounded(self, wanted: Inputs) -> Inputs:
+        """The settings, where a panel may be asked for so many samples. Raises ValueError otherwise."""
+        most = max(MAX_SAMPLES, self._start.n_samples) if hasattr(self, "_start") else wanted.n_samples
+        if wanted.n_samples > most:
+            raise ValueError(f"n_samples={wanted.n_samples}: expected at most {most} in a panel, `workbench.run` takes "
+                             f"more")
+        return wanted
 
     def _set(self, state: Mapping[str, Any], knobs: Mapping[str, Any], gesture: Any = None) -> None:
         with self._change:
@@ -344,6 +326,7 @@ class Explorer:
             if wanted != self.inputs:
                 if gesture is None or gesture != self._gesture:
                     self._past.append(self.inputs)
+                    del self._past[:-PAST]
                 self._future.clear()
             self._gesture = gesture
             self._go(wanted)
@@ -389,47 +372,51 @@ class Explorer:
         if self.is_headless:
             self._show(lambda: False)
             self._publish_frontier()
+        self._rouse()
 
-    def _close(self) -> None:
-        """End the worker before the interpreter does: torch does not survive being cut off in the middle."""
+    def _release(self) -> None:
+        for memo in (self._memo, self._pictures):
+            memo.clear()
+        self._pixels.clear()
+        self._glimpsed.clear()
+
+    def _turn(self) -> float:
         with self._change:
-            self._is_closed = True
-            self._generation += 1
-            self._change.notify_all()
-        self._worker.join(10)
-
-    def _work(self) -> None:
-        while not self._is_closed:
-            with self._change:
-                generation = self._generation
-                task = self._show if not self._is_shown and self._error is None else None
-                if task is None:
-                    rest = self._touched + QUIET - time.monotonic()
-                    if rest > 0:
-                        self._change.wait(rest)
-                        continue
-                    task = self._task() if self._error is None else None
-                    if self._frontier_is_old:
-                        task = self._publish_frontier
-                    if task is None:
-                        self._is_idle = True
-                        self._change.notify_all()
+            generation = self._generation
+            task = self._show if not self._is_shown and self._error is None else None
             if task is None:
-                self._tell("")
-                with self._change:
-                    if generation == self._generation:
-                        self._change.wait()
-                continue
-            try:
-                task(lambda generation=generation: self._generation != generation)
-            except Cancelled:
-                pass
-            except Exception as error:  # kept for wait() and shown; the sliders live on
-                with self._change:
-                    if generation == self._generation:
-                        self._error = error
-                        self._change.notify_all()
-                self._publish_view()
+                rest = self._touched + QUIET - time.monotonic()
+                if rest > 0:
+                    return rest
+                try:
+                    task = self._task() if self._error is None else None
+                except Exception as error:  # of what nobody asked for: said, and idle work ends here
+                    self._idle_fault(error)
+                if self._frontier_is_old:
+                    task = self._publish_frontier
+                if task is None:
+                    if not self._is_idle:
+                        self._is_idle = True
+                        self._status = ""
+                        self._publish_view()
+                    self._change.notify_all()
+                    return 5.0
+        try:
+            task(lambda: self._generation != generation)
+        except Cancelled:
+            pass
+        except Exception as error:  # kept for wait() and shown; the sliders live on
+            with self._change:
+                if generation == self._generation:
+                    self._error = error
+                    self._change.notify_all()
+            self._publish_view()
+        return 0.0
+
+    def _idle_fault(self, error: Exception) -> None:
+        """Something computed ahead failed: no error of the user's. It is named in the notice."""
+        self._notice = f"computing ahead: {told(error)}"
+        self._publish_view()
 
     def _show(self, overtaken: Stop) -> None:
         """Run the settings wanted, with previews on the way, and show the result."""
@@ -545,9 +532,10 @@ class Explorer:
             run = self._known(wanted) or self._made(wanted, stop)
         except Cancelled:
             raise
-        except Exception:
+        except Exception as error:  # of a setting that nobody asked for: the others go on
             self._failed.add(wanted.key)
-            raise
+            self._idle_fault(error)
+            return
         with self._change:
             self._keep(run)
         self._publish_frontier()
@@ -617,9 +605,14 @@ class Explorer:
     def _keep(self, run: Run) -> Run:
         """Remember a run; give it, or all runs whose reference it is, their distance from the reference."""
         key = run.inputs.key
-        if self.store is not None and key not in self._runs and self.store.get(run.inputs) is None:
-            self.store.put(run)
+        if self.store is not None and key not in self._runs:
+            try:
+                if self.store.get(run.inputs) is None:
+                    self.store.put(run)
+            except OSError as error:  # a full, read-only or deleted folder: the run is shown all the same
+                self._notice = f"not kept in the store: {error}"
         self._runs.setdefault(key, run)
+        self._forget(key)
         is_reference = self._rival("reference", run.inputs).key == key
         for other in list(self._runs.values()) if is_reference else [self._runs[key]]:
             reference = self._runs.get(self._rival("reference", other.inputs).key)
@@ -631,6 +624,19 @@ class Explorer:
                 if self.run is not None and self.run.inputs == other.inputs:
                     self.run = graded
         return self._runs[key]
+
+    def _forget(self, newest: str) -> None:
+        """Bound what is remembered: the oldest runs go, but for what is shown, pinned, a rival, or just made."""
+        safe = {newest, *(r.inputs.key for r in (self.run, self._pinned) if r is not None)}
+        held = sum(r.answer.nbytes for r in self._runs.values())
+        for key in list(self._runs):
+            if len(self._runs) <= MAX_RUNS and held <= MAX_RUN_BYTES:
+                return
+            is_rival = any(self._rival(name, self._runs[key].inputs).key == key for name in ("reference", "baseline"))
+            if key not in safe and not is_rival:
+                held -= self._runs.pop(key).answer.nbytes
+                for known in (self._pixels, self._timings, self._reached):
+                    known.pop(key, None)
 
     def _rival(self, name: str, like: Inputs) -> Inputs:
         """The reference or the baseline for settings: same noise, labels and guidance."""

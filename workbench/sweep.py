@@ -51,6 +51,12 @@ class Memo:
             while self._held > self._max and len(self._kept) > 1:
                 self._held -= self._kept.popitem(last=False)[1].nbytes
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self._held = 0
+
     def wrap(self, name: str, network: Network) -> Network:
         """`network`, asked only for inputs that it was not asked for before."""
 

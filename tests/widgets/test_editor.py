@@ -313,7 +313,7 @@ def test_an_error_is_shown_and_the_marks_live_on() -> None:
 def test_the_worker_ends_when_it_is_closed() -> None:
     e = schedule_editor(Toy().problem, n_steps=3)
     e.wait()
-    e._close()
+    e.sleep()
     assert not e._worker.is_alive() and threading.current_thread().is_alive()
 
 
