@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,16 @@ def test_pipelines_that_do_not_fit_are_named(text_pipeline: Any) -> None:
         from_pipelines(tiny.dit(0, 8), conditions=[0], height=32)
     with pytest.raises(ValueError, match="negative_prompt='x': m1 takes class numbers"):
         from_pipelines(tiny.dit(0, 8), conditions=[0], negative_prompt="x")
+
+
+def test_flows_in_the_explorer() -> None:
+    """Two Flux pipelines under its sliders: pictures, and a first step without signal that JSON can tell."""
+    from widgets.explorer import explorer
+
+    pipes = [reading(_shifting(seed, width)) for seed, width in ((1, 4), (2, 8))]
+    shown = explorer(from_pipelines(*pipes, conditions=["cat", "dog"], height=S, width=S, max_rows=2), n_samples=3)
+    shown.wait()
+    assert shown.run.cost.evaluations == {"m1": 8 * 3, "m2": 12 * 3} and shown.run.answer.isfinite().all()
+    strip = json.loads(json.dumps(shown.view["strip"], allow_nan=False))["log_snr"]
+    assert strip[0] is None and strip[1:] == sorted(strip[1:])
+    assert "fractions=(0.4, 0.6)" in shown.code() and "pack(noise)" in shown.code()

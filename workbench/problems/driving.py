@@ -33,7 +33,7 @@ class ShiftedFlow(RectifiedFlow):
         even = RectifiedFlow(_shifted(self.start, 1 / self.shift), _shifted(self.cleanest, 1 / self.shift))
         if spacing not in ("trailing", "leading", "linspace"):
             return super().times(n_steps, spacing)
-        return [_shifted(t, self.shift) for t in even.times(n_steps, spacing)]
+        return [min(_shifted(t, self.shift), self.start) for t in even.times(n_steps, spacing)]  # not past it by rounding
 
 
 def _shifted(t: float, shift: float) -> float:
