@@ -33,7 +33,8 @@ class ShiftedFlow(RectifiedFlow):
         even = RectifiedFlow(_shifted(self.start, 1 / self.shift), _shifted(self.cleanest, 1 / self.shift))
         if spacing not in ("trailing", "leading", "linspace"):
             return super().times(n_steps, spacing)
-        return [min(_shifted(t, self.shift), self.start) for t in even.times(n_steps, spacing)]  # not past it by rounding
+        # rounding must not take the first one past the start
+        return [min(_shifted(t, self.shift), self.start) for t in even.times(n_steps, spacing)]
 
 
 def _shifted(t: float, shift: float) -> float:
