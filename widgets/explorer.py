@@ -742,8 +742,8 @@ class Explorer(Live):
             log_snr, reached = [at for at, _ in levels], []
             owned = [(k, len(list(steps))) for k, steps in groupby(owner for _, owner in levels)]
         counts = tuple(sum(n for k, n in owned if k == m) for m in range(n_models))
-        return {"log_snr": [round(at, 3) for at in log_snr], "counts": counts, "owned": owned, "reached": reached,
-                "is_open": is_open}
+        return {"log_snr": [round(at, 3) if math.isfinite(at) else None for at in log_snr],  # no signal at all: None
+                "counts": counts, "owned": owned, "reached": reached, "is_open": is_open}
 
     def _walk(self, given: Inputs) -> tuple[list[tuple[float, int]], bool]:
         """Each step's (log-SNR at which it first asks a model, that model's index), and whether more is to come.

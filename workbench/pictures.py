@@ -26,7 +26,7 @@ def save_grid(images: Any, path: str | os.PathLike[str], columns: int | None = N
     listed = [np.asarray(image) for image in images] if isinstance(images, Sequence) else None
     if listed is not None and len({(a.shape, a.dtype) for a in listed}) > 1:
         raise ValueError(f"images of different sizes, {sorted({str(a.shape) for a in listed})}: expected one size")
-    stack = np.asarray(images) if listed is None else np.stack(listed) if listed else np.zeros((0, 0, 0), np.uint8)
+    stack: Any = np.asarray(images) if listed is None else np.stack(listed) if listed else np.zeros((0, 0, 0), np.uint8)
     is_known = stack.ndim == 3 or (stack.ndim == 4 and stack.shape[3] == 3)
     if not is_known or stack.dtype != np.uint8 or not len(stack):
         raise ValueError(f"images of shape {stack.shape}, {stack.dtype}: expected uint8 of shape (n, H, W) or "
@@ -36,7 +36,8 @@ def save_grid(images: Any, path: str | os.PathLike[str], columns: int | None = N
         raise ValueError(f"columns={columns!r}: expected an integer of at least 1")
     columns = min(columns, len(stack))
     rows = -(-len(stack) // columns)
-    height, width, channels = *stack.shape[1:3], stack.shape[3:]
+    height, width = stack.shape[1], stack.shape[2]
+    channels = stack.shape[3:]
     grid = np.zeros((rows * columns, height, width, *channels), np.uint8)
     grid[: len(stack)] = stack
     grid = grid.reshape(rows, columns, height, width, *channels).swapaxes(1, 2)

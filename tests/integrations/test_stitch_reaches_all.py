@@ -1,4 +1,4 @@
-"""What is done to a stitched pipeline reaches all its denoisers, or is refused: against the pipelines done one by one."""
+"""What is done to a stitched pipeline reaches all its denoisers or is refused: against pipelines done one by one."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_weights_for_one_denoiser_are_refused() -> None:
     pipe = stitch(tiny.sd(1, 4), tiny.sd(2, 8))
     for ask in (lambda: pipe.load_lora_weights("a"), lambda: pipe.load_ip_adapter("a", "b", "c"),
                 lambda: pipe.unet.load_attn_procs("a"), lambda: pipe.unet.add_adapter(None)):
-        with pytest.raises(ValueError, match="made for one denoiser.*before stitch"):
+        with pytest.raises(ValueError, match=r"made for one denoiser.*before stitch"):
             ask()
 
 

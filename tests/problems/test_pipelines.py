@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -213,7 +215,7 @@ def test_decoded_pictures_are_the_pipelines_own() -> None:
 def test_guidance_as_an_input_is_no_guidance_of_the_run(text_pipeline: Any) -> None:
     """A latent consistency U-Net: one row per evaluation, and its `timestep_cond` is what the pipeline gives it."""
     pipe = text_pipeline()
-    pipe.register_modules(unet=tiny.unet(0, 4, time_cond_proj_dim=4))
+    pipe.register_modules(unet=tiny.unet(0, 8, time_cond_proj_dim=4))  # of width 4 it normalises time embeddings away
     problem = from_pipelines(pipe, conditions=["cat", "dog"], embedded_guidance=6.0)
     assert problem.preset["guidance"] == 1.0 and problem.reference[1]["guidance"] == 1.0
     ours = wb.run("ddim", problem, seed=5, n_samples=2, n_steps=4, guidance=1.0).answer
@@ -222,7 +224,7 @@ def test_guidance_as_an_input_is_no_guidance_of_the_run(text_pipeline: Any) -> N
         theirs = _even(pipe)(prompt=["cat", "dog"], latents=noise, num_inference_steps=4, guidance_scale=weight,
                              output_type="latent").images
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) == alike
-    with pytest.raises(ValueError, match="guidance=3.0: m1 has no null label"):
+    with pytest.raises(ValueError, match=r"guidance=3\.0: m1 has no null label"):
         wb.run("ddim", problem, guidance=3.0)
     with pytest.raises(ValueError, match="guidance=3: m1 has its guidance embedded"):
         from_pipelines(pipe, conditions=["cat"], guidance=3)
@@ -261,7 +263,7 @@ def test_rows_at_once(text_pair: list[Any]) -> None:
             assert max(rows["unet"]) == 10 and max(rows["vae"]) == 5
             rows["vae"].clear()
     assert max(rows["unet"]) == 3 and sum(rows["unet"]) == 20 and rows["vae"] == [3, 2]
-    torch.testing.assert_close(drawn[3][0], drawn[None][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn[3][0], drawn[None][0], rtol=1e-4, atol=1e-4)
     assert (drawn[3][1].int() - drawn[None][1].int()).abs().max() <= 1
 
 
@@ -276,14 +278,14 @@ def test_resolution(text_pipeline: Any) -> None:
 
 
 def test_memory_of_all_models_together(text_pair: list[Any]) -> None:
+    small, large = text_pair
     problem = from_pipelines(*text_pair, conditions=["cat"])
     sizes = [sum(p.numel() * p.element_size() for p in pipe.unet.parameters()) for pipe in text_pair]
-    found = {n: memory(problem, n) for n in (1, 8)}
+    found = {n: memory(problem, n) for n in (1, 4)}
     assert list(found[1].weights.values()) == sizes and found[1].total == sum(sizes) + found[1].peak
-    assert 4 * found[1].peak < found[8].peak < 12 * found[1].peak
-    bounded = memory(from_pipelines(*text_pair, conditions=["cat"], max_rows=1), 8)
-    assert bounded.peak < found[8].peak / 3
-    assert memory(from_pipelines(text_pair[0], text_pair[0], conditions=["cat"])).weights == {"m1": sizes[0], "m2": 0}
+    assert 3 * found[1].peak < found[4].peak < 5 * found[1].peak
+    assert memory(from_pipelines(large, conditions=["cat"], max_rows=1), 4).peak < found[4].peak / 2
+    assert memory(from_pipelines(small, small, conditions=["cat"])).weights == {"m1": sizes[0], "m2": 0}
     with pytest.raises(ValueError, match=r"n_samples=0: expected an integer of at least 1"):
         memory(problem, 0)
 
@@ -334,9 +336,10 @@ def test_half_precision_stays(text_pipeline: Any) -> None:
 def test_an_offloaded_pipeline_is_a_problem_too(text_pipeline: Any) -> None:
     plain = from_pipelines(text_pipeline(), conditions=["cat"])
     pipe = text_pipeline()
-    pipe.enable_sequential_cpu_offload(device="cpu")
+    for module in (pipe.unet, pipe.vae):
+        cpu_offload(module, "cpu")
     problem = from_pipelines(pipe, conditions=["cat"])
-    assert problem.digest == plain.digest and problem.device == "cpu"
+    assert next(pipe.unet.parameters()).is_meta and problem.digest == plain.digest and problem.device == "cpu"
     ours, theirs = (wb.run("ddim", p, n_samples=2, n_steps=2).answer for p in (problem, plain))
     assert torch.equal(ours, theirs) and torch.equal(problem.images(ours), plain.images(ours))
 
@@ -382,3 +385,16 @@ def test_pipelines_that_do_not_fit_are_named(text_pipeline: Any) -> None:
         from_pipelines(tiny.dit(0, 8), conditions=[0], height=32)
     with pytest.raises(ValueError, match="negative_prompt='x': m1 takes class numbers"):
         from_pipelines(tiny.dit(0, 8), conditions=[0], negative_prompt="x")
+
+
+def test_flows_in_the_explorer() -> None:
+    """Two Flux pipelines under its sliders: pictures, and a first step without signal that JSON can tell."""
+    from widgets.explorer import explorer
+
+    pipes = [reading(_shifting(seed, width)) for seed, width in ((1, 4), (2, 8))]
+    shown = explorer(from_pipelines(*pipes, conditions=["cat", "dog"], height=S, width=S, max_rows=2), n_samples=3)
+    shown.wait()
+    assert shown.run.cost.evaluations == {"m1": 8 * 3, "m2": 12 * 3} and shown.run.answer.isfinite().all()
+    strip = json.loads(json.dumps(shown.view["strip"], allow_nan=False))["log_snr"]
+    assert strip[0] is None and strip[1:] == sorted(strip[1:])
+    assert "fractions=(0.4, 0.6)" in shown.code() and "pack(noise)" in shown.code()

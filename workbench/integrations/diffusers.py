@@ -28,28 +28,13 @@ from accelerate.hooks import ModelHook, UserCpuOffloadHook, add_hook_to_module, 
 from diffusers import DiffusionPipeline, PNDMScheduler
 from torch import Tensor, nn
 
+from workbench.integrations.sharing import bare, check_adapted, check_control, check_pair, text_encoders
 from workbench.problems.denoising import split_steps
-from workbench.problems.driving import check_vae
 
 __all__ = ["ModelCount", "Stitch", "StitchedDenoiser", "StitchedPipeline", "stitch", "unstitch"]
 
 DENOISER_NAMES = ("unet", "transformer")
 
-# What must agree for one latent, one text embedding and one noise level to mean the same to both models.
-_MODEL_FIELDS = (
-    "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim",
-    "caption_channels", "encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type",
-    "addition_time_embed_dim", "projection_class_embeddings_input_dim", "class_embed_type",
-    "num_class_embeds", "num_embeds_ada_norm", "time_cond_proj_dim", "guidance_embeds",
-    "use_additional_conditions",
-)  # fmt: skip
-_SCHEDULE_FIELDS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "rescale_betas_zero_snr", "prediction_type", "use_flow_sigmas", "flow_shift", "shift",
-    "use_dynamic_shifting",
-)  # fmt: skip
-# What a ControlNet or a T2I-Adapter makes is added to the U-Net's own features: with one the layouts must agree.
-_CONTROL_FIELDS = {"controlnet": ("block_out_channels", "layers_per_block"), "adapter": ("block_out_channels",)}
 # A denoiser's methods of these names change it and take nothing that fits one model alone: they reach every model.
 _REACHES_ALL = ("set_", "enable_", "disable_", "fuse_", "unfuse_", "unload_", "delete_")
 # These bring weights or names that were made for one model.
@@ -257,7 +242,7 @@ class StitchedDenoiser(nn.Module):
         super().__init__()
         self.models = nn.ModuleList(models)
         self.stitch = choice
-        self._signature = inspect.signature(type(_bare(models[-1])).forward)
+        self._signature = inspect.signature(type(bare(models[-1])).forward)
 
     # Left out of a compiled graph, where its counters would be constants; the models below it are still
     # compiled.
@@ -391,7 +376,7 @@ class StitchedPipeline(DiffusionPipeline):
 
     def _on_each(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A method of the host's class with every denoiser in its place, the host's last; text encoders once."""
-        whole, texts = getattr(self, self._denoiser_name), _text_encoders(self)
+        whole, texts = getattr(self, self._denoiser_name), text_encoders(self)
         if not isinstance(whole, StitchedDenoiser):  # asked by a method that is being done with one denoiser
             return method(self, *args, **kwargs)
         if method.__name__ in ("set_adapters", "delete_adapters", "set_lora_device", "fuse_lora"):
@@ -498,7 +483,7 @@ def stitch(
     names = ("small", "large") if len(models) == 2 else [f"model_{k + 1}" for k in range(len(models))]
     choice = Stitch(names, _fractions(fraction, fractions, len(models)))
     for k, pipeline in enumerate(pipelines[:-1]):
-        _check_pair(pipeline, models[k], host, models[-1], f"pipelines[{k}]")
+        check_pair(pipeline, models[k], host, models[-1], f"pipelines[{k}]")
 
     pipe: Any = object.__new__(_stitched_class(host.__class__))
     name = _denoiser_name(host)
@@ -526,8 +511,8 @@ def _stitched_class(host_class: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         whole = getattr(self, self._denoiser_name)
         for name, model in zip(self.stitch.names, whole.models, strict=True):
-            _check_adapted(model, whole.models[-1], f"the {name} denoiser")
-            _check_control(model, self, whole.models[-1], f"the {name} denoiser")
+            check_adapted(model, whole.models[-1], f"the {name} denoiser")
+            check_control(model, self, whole.models[-1], f"the {name} denoiser")
         before = whole.attn_processors if hasattr(self, "_set_pag_attn_processor") else None
         try:
             with self.stitch.follow(self.scheduler):
@@ -582,35 +567,6 @@ def _check_adapters(whole: StitchedDenoiser, method: str, wanted: Any) -> None:
             )
 
 
-def _check_adapted(model: Any, host: Any, who: str) -> None:
-    """Raises ValueError where the host's IP-Adapters are not the model's: its steps would ignore the image."""
-    ours, theirs = (
-        [type(layer).__name__ for layer in getattr(getattr(m, "encoder_hid_proj", None), "image_projection_layers", [])]
-        for m in (model, host)
-    )
-    if ours != theirs:
-        raise ValueError(f"{who}: IP-Adapters are {ours}, the host's are {theirs}; they have to be equal")
-
-
-def _check_control(model: Any, pipeline: Any, host: Any, who: str) -> None:
-    """Raises ValueError where what a ControlNet or T2I-Adapter adds to the host's features does not fit the model's."""
-    for part, fields in _CONTROL_FIELDS.items():
-        if getattr(pipeline, part, None) is None:
-            continue
-        read = _reader(model.config, host.config)
-        pairs = {key: read(key) for key in fields}
-        widths = [c.get("num_attention_heads") and c.get("attention_head_dim") for c in (model.config, host.config)]
-        if all(isinstance(w, int) for w in widths):  # a transformer
-            ours, theirs = (c["num_attention_heads"] * c["attention_head_dim"] for c in (model.config, host.config))
-            pairs["num_attention_heads x attention_head_dim"] = (ours, theirs)
-        for key, (ours, theirs) in pairs.items():
-            if ours != theirs:
-                what = "ControlNet" if part == "controlnet" else "T2I-Adapter"
-                raise ValueError(
-                    f"{who}: {key} (with a {what}) is {ours}, the host's is {theirs}; they have to be equal"
-                )
-
-
 def _solver_steps(scheduler: Any, n_entries: int) -> list[int]:
     """The solver step of each entry of `scheduler.timesteps`."""
     if isinstance(scheduler, PNDMScheduler):
@@ -650,10 +606,6 @@ def _fractions(fraction: float | None, fractions: Sequence[float] | None, n_mode
     return _two(0.4 if fraction is None else fraction)
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-
-
 def _denoiser_name(pipeline: Any) -> str | None:
     return next((name for name in DENOISER_NAMES if getattr(pipeline, name, None) is not None), None)
 
@@ -672,54 +624,3 @@ def _denoiser(given: Any, argument: str) -> Any:
     raise TypeError(f"{found}: expected a DiffusionPipeline or a diffusers denoiser")
 
 
-def _check_pair(given: Any, small: Any, host: Any, large: Any, argument: str) -> None:
-    """Raises ValueError, with both values, if `given` cannot draw a part of the host's trajectory."""
-
-    def same(what: str, ours: Any, theirs: Any) -> None:
-        if ours != theirs:
-            raise ValueError(f"{argument}: {what} is {ours}, the host's is {theirs}; they have to be equal")
-
-    same("the class of the denoiser", type(_bare(small)).__name__, type(_bare(large)).__name__)
-    read = _reader(small.config, large.config)
-    for key in _MODEL_FIELDS:
-        if key == "cross_attention_dim" and large.config.get("caption_channels"):
-            continue  # behind a caption projection it is an inner width
-        same(key, *read(key))
-    if not _takes_any_size(large.config):
-        same("sample_size", *read("sample_size"))
-    _check_control(small, host, large, argument)
-    _check_adapted(small, large, argument)
-    same("dtype", small.dtype, large.dtype)
-
-    if isinstance(given, DiffusionPipeline):
-        same("the set of text encoders", _text_encoders(given), _text_encoders(host))
-        check_vae(given, host, argument)
-        read = _reader(given.scheduler.config, host.scheduler.config)
-        for key in _SCHEDULE_FIELDS:
-            if key == "flow_shift" and not host.scheduler.config.get("use_flow_sigmas"):
-                continue  # some schedulers of other models carry it without a use
-            same(f"scheduler {key}", *read(key))
-
-
-def _reader(ours: Any, theirs: Any) -> Callable[[str], tuple[Any, Any]]:
-    """key -> both values in one form: [a, a] is a, absent or False is None, out_channels as in_channels."""
-
-    def value(config: Any, key: str) -> Any:
-        found = config.get(key)
-        if key == "out_channels" and found is None:
-            found = config.get("in_channels")
-        if isinstance(found, (list, tuple)):
-            found = found[0] if len(set(found)) == 1 else tuple(found)
-        return None if found is False else found
-
-    return lambda key: (value(ours, key), value(theirs, key))
-
-
-def _takes_any_size(config: Any) -> bool:
-    """Whether the latents can have any size: U-Nets, and transformers that crop their position table."""
-    return "block_out_channels" in config or "pos_embed_max_size" in config
-
-
-def _text_encoders(pipeline: Any) -> list[str]:
-    names = inspect.signature(type(pipeline).__init__).parameters
-    return sorted(name for name in names if name.startswith("text_encoder"))

@@ -10,7 +10,7 @@ import torch
 
 from workbench.methods.denoising.t_stitch import full_fractions, step_counts
 from workbench.problems.denoising import DiscreteSchedule, Schedule, grid
-from workbench.problems.driving import Asked, ShiftedFlow, denoiser
+from workbench.problems.driving import Asked, ShiftedFlow, denoiser, pixels_per_latent
 from workbench.run import Inputs
 
 
@@ -143,7 +143,7 @@ def _call(given: Copied, knobs: Mapping[str, Any], n_samples: int) -> dict[str, 
         call["guidance_rescale"] = given.rescale
     if given.asked.negative_prompt is not None and guidance != 1:
         call["negative_prompt"] = [given.asked.negative_prompt] * n_samples
-    scale = getattr(given.pipelines[-1], "vae_scale_factor", 1)
+    scale = pixels_per_latent(given.pipelines[-1])
     if by_text:
         call |= {"height": given.shape[1] * scale, "width": given.shape[2] * scale}
     return call

@@ -33,7 +33,8 @@ class ShiftedFlow(RectifiedFlow):
         even = RectifiedFlow(_shifted(self.start, 1 / self.shift), _shifted(self.cleanest, 1 / self.shift))
         if spacing not in ("trailing", "leading", "linspace"):
             return super().times(n_steps, spacing)
-        return [_shifted(t, self.shift) for t in even.times(n_steps, spacing)]
+        # rounding must not take the first one past the start
+        return [min(_shifted(t, self.shift), self.start) for t in even.times(n_steps, spacing)]
 
 
 def _shifted(t: float, shift: float) -> float:
@@ -77,6 +78,12 @@ def denoiser(pipe: Any, who: str = "the pipeline") -> Any:
 def device_of(pipe: Any) -> torch.device:
     """Where the pipeline computes, which with offloading is not where its weights lie."""
     return torch.device(getattr(pipe, "_execution_device", None) or denoiser(pipe).device)
+
+
+def pixels_per_latent(pipe: Any) -> int:
+    """Along each side of a picture."""
+    blocks = getattr(getattr(pipe, "vae", None), "config", {}).get("block_out_channels", (1,))
+    return int(getattr(pipe, "vae_scale_factor", None) or 2 ** (len(blocks) - 1))
 
 
 def guidance_input(pipe: Any, given: float | None) -> float | None:
@@ -130,7 +137,7 @@ def check_vae(ours: Any, hosts: Any, who: str) -> None:
     if getattr(ours, "vae", None) is None or getattr(hosts, "vae", None) is None:
         return
     pairs = {f"vae {key}": tuple(_plain(p.vae.config.get(key)) for p in (ours, hosts)) for key in VAE_FIELDS}
-    pairs["vae_scale_factor"] = tuple(getattr(p, "vae_scale_factor", None) for p in (ours, hosts))
+    pairs["vae_scale_factor"] = tuple(map(pixels_per_latent, (ours, hosts)))
     for what, (own, other) in pairs.items():
         if own != other:
             raise ValueError(f"{who}: {what} is {own}, the host's is {other}; they have to be equal")
@@ -176,7 +183,7 @@ def _levels(name: str, pipe: Any, n_tokens: int) -> tuple[Schedule, str]:
 
 def _shape(name: str, pipe: Any, kind: str, asked: Asked) -> tuple[int, ...]:
     """Of one sample's latents, for pictures of the asked height and width."""
-    config, scale = denoiser(pipe).config, int(getattr(pipe, "vae_scale_factor", 1) or 1)
+    config, scale = denoiser(pipe).config, pixels_per_latent(pipe)
     channels, own = config.in_channels, config.get("sample_size")
     if kind.startswith("Flux"):  # packs 2 x 2 latents into one token
         channels, own = channels // 4, pipe.default_sample_size
@@ -235,7 +242,7 @@ def _unet(name: str, pipe: Any, module: Any, asked: Asked, shape: tuple[int, ...
             texts = pipe.encode_prompt(prompts, where, 1, False)[0]
             none = pipe.encode_prompt([asked.negative_prompt or ""], where, 1, False)[0]
     table = torch.cat((texts, none[:1]))
-    pixels = [side * pipe.vae_scale_factor for side in shape[1:]]
+    pixels = [side * pixels_per_latent(pipe) for side in shape[1:]]
     more = None if weight is None else pipe.get_guidance_scale_embedding(torch.tensor([weight - 1.0]),
                                                                          config.time_cond_proj_dim)
 

@@ -115,7 +115,7 @@ class _Hash:
             if named is value:
                 return
             if _package(named) in sys.stdlib_module_names and named is not types.SimpleNamespace:
-                # fields of its objects (loggers, locks) may hold anything of the process; dates or paths tell their value
+                # fields of its objects (loggers, locks) may hold anything; dates and paths tell their value
                 yield "" if " at 0x" in (told := repr(value)) else told
             else:
                 yield self.of({k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("__")})

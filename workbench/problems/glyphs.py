@@ -35,6 +35,8 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
         raise ValueError(f"text={text!r}: expected characters of {zoo.CLASSES}, got {unknown or 'none'}")
     pipes = [zoo.load_pipeline(size) for size in sizes]
 
+    judges = zoo.folder_digest(zoo.WEIGHTS / "classifier")
+
     def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
         assert labels is not None
         classifier = zoo.load_classifier()
@@ -53,7 +55,7 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
     return from_pipelines(
         *pipes, conditions=[zoo.CLASSES.index(c) for c in characters], names=[s.upper() for s in sizes], judge=judge,
         name="glyphs " + "-".join(sizes).upper() + (f" {characters}" if text else ""), guidance=guidance,
-        digest="-".join(d[:12] for d in (*map(zoo.weights_digest, sizes), zoo.folder_digest(zoo.WEIGHTS / "classifier"))),
+        digest="-".join(d[:12] for d in (*map(zoo.weights_digest, sizes), judges)),
         loaders=[f"load_pipeline({s!r})" for s in sizes],
         source=f"from workbench.problems.glyphs import glyphs\n\nproblem = glyphs({sizes}, text={text!r}, "
                f"guidance={guidance})")
