@@ -22,12 +22,15 @@ from typing import Any
 
 import nbformat
 import papermill
+from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).resolve().parent
 FORMATS = {".png", ".svg", ".csv"}
 MAX_SECONDS_PER_CELL = 60 * 60
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^Exception in thread ", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# Kernel and client talk over sockets of this user alone, where the system has them
+_TRANSPORT = {} if sys.platform == "win32" else {"config": Config({"KernelManager": {"transport": "ipc"}})}
 _WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -58,6 +61,11 @@ def smoke_parameters(notebook: Any) -> dict[str, Any]:
 def full_parameters(notebook: Any) -> dict[str, Any]:
     """The large parameters for figures, in metadata["workbench"]["full"]; what it leaves out keeps its default."""
     return dict(notebook.metadata.get("workbench", {}).get("full", {}))
+
+
+def variants(notebook: Any) -> list[dict[str, Any]]:
+    """Other small parameters that must run too, in metadata["workbench"]["variants"]: one-element lists, one seed."""
+    return [dict(some) for some in notebook.metadata.get("workbench", {}).get("variants", ())]
 
 
 def unknown_parameters(notebook: Any, parameters: Mapping[str, Any]) -> list[str]:
@@ -92,7 +100,7 @@ def run(
     try:
         return papermill.execute_notebook(
             str(source), str(target), parameters=given, kernel_name="python3", language="python", cwd=str(NOTEBOOKS),
-            execution_timeout=seconds_per_cell, progress_bar=False, log_output=False,
+            execution_timeout=seconds_per_cell, progress_bar=False, log_output=False, **_TRANSPORT,
         )
     finally:
         if before is None:

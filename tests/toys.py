@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,13 @@ from scipy.special import softmax
 from torch import Tensor
 
 from workbench.methods.denoising._march import march
-from workbench.problems.denoising import ContinuousVP, Denoiser, Denoising, DiscreteSchedule, Point, Schedule
+from workbench.problems.denoising import ContinuousVP, Denoiser, Denoising, Point, Schedule
 from workbench.problems.mixtures import Mixture, two_dim
 from workbench.rng import Rng
 
+VP_PREDICTIONS = ("eps", "x0", "v")  # of networks on schedules of alpha^2 + sigma^2 = 1
 PLANE = Mixture.of([0.3, 0.5, 0.2], [[-1.0, 0.2], [0.8, -0.5], [0.1, 1.1]],
                    [[[0.16, 0.05], [0.05, 0.09]], [[0.04, 0.0], [0.0, 0.25]], [[0.09, -0.06], [-0.06, 0.09]]])
-
-
-def cosine_schedule(n_train: int = 1000) -> DiscreteSchedule:
-    """The cosine table of arXiv 2102.09672, equation 17, with betas clipped at 0.999."""
-    bar = [math.cos((i / n_train + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n_train + 1)]
-    betas = [min(1 - b / a, 0.999) for a, b in pairwise(bar)]
-    return DiscreteSchedule(tuple(np.cumprod([1 - b for b in betas]).tolist()))
 
 
 def plane(*models: tuple[str, Schedule, str], schedule: Schedule, law: Mixture = PLANE) -> Denoising:
@@ -47,7 +40,7 @@ class From(Denoising):
 
     noise: Tensor | None = None
 
-    def start(self, rng: Rng) -> Tensor:
+    def start(self, rng: Rng, at: Point | None = None) -> Tensor:
         assert self.noise is not None
         return self.noise.clone()
 

@@ -1,6 +1,8 @@
 """Plans of the unified sampling framework: a time grid and one decision per step, as data and as JSON.
 
-Source: arXiv 2312.07243, section 3. The presets are the points of that space at which known solvers lie.
+Source: arXiv 2312.07243, section 3. The presets are the points of that space at which known solvers lie. Two things of
+the authors are left out: DPM-Solver-v3's learned mix of the predictions, and their later code's analytical first step,
+which takes the first data estimate for 0 or for the data's mean, without asking the network.
 """
 
 from __future__ import annotations

@@ -391,7 +391,7 @@ def test_reads_no_tensor_in_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     pipe = stitch(large, large)
     extra = [readings(pipe, steps) - readings(large, steps) for steps in (2, 5)]
-    assert extra[0] == extra[1] <= 2  # the schedule and the first timestep, once per call
+    assert extra[0] == extra[1] <= 3  # the schedule and the timesteps of the first step, once per call
 
 
 # Offloading.

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 from torch import Tensor
-from toys import PLANE, cosine_schedule, log_snr_points, plane
+from toys import PLANE, log_snr_points, plane
 
 from workbench.problems.denoising import (
     CLEAN,
@@ -18,10 +18,14 @@ from workbench.problems.denoising import (
     PHASES,
     PREDICTIONS,
     SPACINGS,
+    ContinuousVE,
     ContinuousVP,
     Denoiser,
     DiscreteSchedule,
+    EDMSchedule,
     Point,
+    RectifiedFlow,
+    SubVP,
     agreement,
     grid,
     noisiest,
@@ -31,20 +35,61 @@ from workbench.problems.denoising import (
 from workbench.problems.mixtures import two_dim
 from workbench.rng import Rng
 
-LINEAR, VP, COSINE = DiscreteSchedule.linear(), ContinuousVP(), cosine_schedule()
-SCHEDULES = {"linear": LINEAR, "vp": VP, "cosine": COSINE}
+LINEAR, VP, COSINE = DiscreteSchedule.linear(), ContinuousVP(), DiscreteSchedule.cosine()
+SCHEDULES = {"linear": LINEAR, "vp": VP, "cosine": COSINE}  # of alpha^2 + sigma^2 = 1
+FLOW, ZERO = RectifiedFlow(), LINEAR.zero_terminal()
+OTHERS = {"sub_vp": SubVP(), "ve": ContinuousVE(), "edm": EDMSchedule(), "flow from .999": RectifiedFlow(start=0.999)}
+WITHOUT_SIGNAL = {"flow": FLOW, "zero_snr": ZERO}
+ALL = SCHEDULES | OTHERS | WITHOUT_SIGNAL
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_time_and_log_snr_are_inverse(schedule):
+@pytest.mark.parametrize("name", ALL)
+def test_time_and_log_snr_are_inverse(name):
+    schedule = ALL[name]
     high = schedule.times(1, "linspace")[0]
     for k in range(101):
         t = schedule.cleanest + (high - schedule.cleanest) * k / 100
         point = schedule.at(t)
-        assert point.alpha**2 + point.sigma**2 == pytest.approx(1, abs=1e-12)
+        kept = {"sub_vp": point.alpha**2 + point.sigma, "ve": point.alpha, "edm": point.alpha}.get(
+            name, point.alpha + point.sigma if "flow" in name else point.alpha**2 + point.sigma**2)
+        assert kept == pytest.approx(1, abs=1e-12)
         assert schedule.t_at(point.log_snr) == pytest.approx(t, rel=1e-6, abs=1e-6)
     levels = [schedule.at(schedule.cleanest + (high - schedule.cleanest) * k / 100).log_snr for k in range(101)]
     assert all(a > b for a, b in pairwise(levels))
+
+
+def test_levels_without_signal_and_without_noise():
+    for schedule in WITHOUT_SIGNAL.values():
+        first = noisiest(schedule)
+        assert (first.alpha, first.sigma, first.log_snr) == (0.0, 1.0, -math.inf)
+        assert schedule.t_at(-math.inf) == first.t
+    assert CLEAN.log_snr == math.inf
+    for t in (998.0, 998.25, 998.75, 999.0):  # alpha goes to 0 evenly within the table's last step
+        assert ZERO.at(t).alpha == pytest.approx((999 - t) * ZERO.at(998).alpha, abs=1e-15)
+
+
+def test_no_signal_at_the_end_as_diffusers_has_it():
+    theirs = DDIMScheduler(beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True).alphas_cumprod
+    assert ZERO.alphas_cumprod[-1] == 0.0 == float(theirs[-1])
+    # theirs in float32, through betas, whose product of 1000 factors rounds 1000 times
+    torch.testing.assert_close(torch.tensor(ZERO.alphas_cumprod), theirs, rtol=1000 * 2**-24, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", WITHOUT_SIGNAL.values(), ids=WITHOUT_SIGNAL)
+def test_grids_from_no_signal(schedule):
+    """Even in time they are what they are elsewhere; even in what is infinite there, they are refused."""
+    for spacing in ("trailing", "leading", "linspace", "t_quadratic"):
+        for n_steps in (1, 2, 7, 50):
+            points = grid(schedule, n_steps, spacing)
+            assert len(points) == n_steps + 1 and points[-1] == CLEAN
+            assert all(a.log_snr < b.log_snr for a, b in pairwise(points))
+    refused = r"DiscreteSchedule|RectifiedFlow has no signal at t = .*expected"
+    for spacing in ("log_snr", "karras"):
+        with pytest.raises(ValueError, match=refused):
+            grid(schedule, 5, spacing)
+    for phase in ("rho", "log_rho"):
+        with pytest.raises(ValueError, match=f"phase='{phase}'.*({refused})"):
+            power_grid(schedule, 5, phase, 7.0)
 
 
 def test_tables_are_diffusers_tables():
@@ -62,7 +107,7 @@ def test_continuous_schedule_is_its_integral():
         assert VP.at(t).alpha == pytest.approx(math.exp(-integral / 2), rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", (SCHEDULES | OTHERS).values(), ids=SCHEDULES | OTHERS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_grids_fall_to_the_clean_data(schedule, spacing):
     for n_steps in (1, 2, 7, 50, 1000):
@@ -161,16 +206,36 @@ def estimates(prediction: str, own: object, read_as: str | None = None) -> tuple
     return model.predict(x, VP.at(0.4), VP, None, 1.0)
 
 
-@pytest.mark.parametrize("own", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_kind_of_network_gives_the_same_estimates(own, prediction):
+def can_be(name, prediction):
+    return name in SCHEDULES | {"zero_snr": ZERO} if prediction == "v" else prediction != "flow" or "flow" in name
+
+
+KINDS = [(name, prediction) for name in ALL for prediction in PREDICTIONS if can_be(name, prediction)]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_predictions_that_a_schedule_has_not_are_refused(name, prediction):
+    """By its numbers, so of schedules of one's own too."""
+    network = PLANE.network(VP)
+    if can_be(name, prediction):
+        Denoiser("m", network, ALL[name], prediction)
+    else:
+        with pytest.raises(ValueError, match=rf"m: prediction='{prediction}' needs alpha.*{type(ALL[name]).__name__}.*"
+                                             "expected eps, x0"):
+            Denoiser("m", network, ALL[name], prediction)
+
+
+@pytest.mark.parametrize(("name", "prediction"), KINDS)
+def test_every_kind_of_network_gives_the_same_estimates(name, prediction):
+    own = ALL[name]
     truth, read = estimates("eps", VP), estimates(prediction, own)
     for estimate, true in zip(read, truth, strict=True):
         torch.testing.assert_close(estimate, true, rtol=1e-6, atol=1e-6)
     x0, eps = read
     x = torch.randn((5, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(VP.at(0.4).alpha * x0 + VP.at(0.4).sigma * eps, x, rtol=1e-10, atol=1e-10)
-    other = "x0" if prediction != "x0" else "v"  # the broken twin: a network read as what it is not
+    other = "x0" if prediction != "x0" else "eps"  # the broken twin: a network read as what it is not
     with pytest.raises(AssertionError):
         torch.testing.assert_close(estimates(prediction, own, read_as=other)[0], truth[0], rtol=1e-2, atol=1e-2)
 

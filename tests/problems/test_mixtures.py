@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
-from toys import PLANE, cosine_schedule
+from toys import PLANE, VP_PREDICTIONS
 
 from workbench import METHODS, METRICS, run
-from workbench.problems.denoising import CLEAN, PREDICTIONS, ContinuousVP, DiscreteSchedule
+from workbench.problems.denoising import CLEAN, ContinuousVP, DiscreteSchedule, RectifiedFlow
 from workbench.problems.mixtures import (
     KINDS,
     Mixture,
@@ -84,15 +84,25 @@ def test_eps_is_minus_sigma_times_the_score():
         torch.testing.assert_close(eps, -point.sigma * score, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("schedule", [VP, DiscreteSchedule.linear(), cosine_schedule()], ids=["vp", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", [VP, DiscreteSchedule.linear(), DiscreteSchedule.cosine()],
+                         ids=["vp", "linear", "cosine"])
 def test_the_three_predictions_say_the_same(schedule):
     ends = schedule.times(1, "trailing")[0], schedule.cleanest
     t = times(*[ends[0] + (ends[1] - ends[0]) * k / 9 for k in range(10)])
     x = torch.randn((10, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    eps, x0, v = (PLANE.network(schedule, p)(x, t, None) for p in PREDICTIONS)
+    eps, x0, v = (PLANE.network(schedule, p)(x, t, None) for p in VP_PREDICTIONS)
     alpha, sigma = (level[:, None] for level in levels(schedule, t))
     torch.testing.assert_close(alpha * x0 + sigma * eps, x, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(alpha * eps - sigma * x0, v, rtol=1e-10, atol=1e-10)
+
+
+def test_the_flows_velocity_is_noise_less_data():
+    """At t = 1 too, where the state is noise alone."""
+    flow, t = RectifiedFlow(), times(*[1 - k / 10 for k in range(10)])
+    x = torch.randn((10, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    eps, x0, velocity = (PLANE.network(flow, p)(x, t, None) for p in ("eps", "x0", "flow"))
+    torch.testing.assert_close(eps - x0, velocity, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(x0[0], PLANE.weights @ PLANE.means, rtol=1e-12, atol=1e-12)  # nothing is known there
 
 
 @pytest.mark.parametrize("name", TOYS)

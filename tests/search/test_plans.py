@@ -16,7 +16,7 @@ from workbench.problems.glyphs import glyphs
 from workbench.quality import drift
 from workbench.rng import Rng
 from workbench.search.solver import run_plans
-from workbench.zoo import PLANS
+from workbench.zoo import PLANS, weights_digest
 
 CARD = json.loads((PLANS / "card.json").read_text())
 BUDGETS = sorted(CARD["plans"], key=int)
@@ -62,7 +62,7 @@ def assert_as_the_card_says(budget: str, plans: dict[str, Plan]) -> None:
 
 
 def test_the_card_names_all_plans_and_the_model_that_they_were_searched_for():
-    assert letters()[0].digest == CARD["digest"]
+    assert weights_digest("l").startswith(CARD["digest"])
     named = {CARD["plans"][b][field] for b in BUDGETS for field in ("file", "random_file")}
     assert named == {path.name for path in PLANS.glob("*.json")} - {"card.json"}
     for budget in BUDGETS:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import chain, repeat
 from typing import Any
 
@@ -28,6 +29,7 @@ from diffusers import DiffusionPipeline, PNDMScheduler
 from torch import Tensor, nn
 
 from workbench.problems.denoising import split_steps
+from workbench.problems.driving import check_vae
 
 __all__ = ["ModelCount", "Stitch", "StitchedDenoiser", "StitchedPipeline", "stitch", "unstitch"]
 
@@ -41,14 +43,17 @@ _MODEL_FIELDS = (
     "num_class_embeds", "num_embeds_ada_norm", "time_cond_proj_dim", "guidance_embeds",
     "use_additional_conditions",
 )  # fmt: skip
-_VAE_FIELDS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _SCHEDULE_FIELDS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "rescale_betas_zero_snr", "prediction_type", "use_flow_sigmas", "flow_shift", "shift",
     "use_dynamic_shifting",
 )  # fmt: skip
-# A ControlNet's residuals are added to the U-Net's own features, so with one the layouts must agree as well.
-_CONTROL_FIELDS = ("block_out_channels", "layers_per_block")
+# What a ControlNet or a T2I-Adapter makes is added to the U-Net's own features: with one the layouts must agree.
+_CONTROL_FIELDS = {"controlnet": ("block_out_channels", "layers_per_block"), "adapter": ("block_out_channels",)}
+# A denoiser's methods of these names change it and take nothing that fits one model alone: they reach every model.
+_REACHES_ALL = ("set_", "enable_", "disable_", "fuse_", "unfuse_", "unload_", "delete_")
+# These bring weights or names that were made for one model.
+_FOR_ONE = ("load_", "add_adapter")
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,9 @@ class _Trajectory:
     steps: list[int]
     owners: list[int]  # the model of each solver step
     entry: int | None = None  # None until the first evaluation tells where the pipeline starts
+    first: Any = None  # the timestep of the first evaluation
+    has_stepped: bool = False
+    is_unsure: bool = False  # whether the first timestep is listed twice, so that the second one must tell the place
 
     @classmethod
     def learn(cls, scheduler: Any, fractions: Sequence[float]) -> _Trajectory:
@@ -80,18 +88,33 @@ class _Trajectory:
 
     def start(self, timestep: Any) -> int:
         """The entry that the pipeline starts at: what it declared, else the place of its first timestep."""
-        values = torch.as_tensor(timestep).unique().tolist()
-        if len(values) > 1:
-            raise ValueError(_per_sample(values))
+        self.first = _one(timestep)
         begin = getattr(self.scheduler, "begin_index", None)
         if begin is not None:
             return begin
-        if values[0] in self.times:
-            entry = self.times.index(values[0])  # Heun lists a time twice: a step's end, the next one's start
+        if self.first in self.times:
+            entry = self.times.index(self.first)  # Heun lists a time twice: a step's end, the next one's start
+            if isinstance(self.scheduler, PNDMScheduler) and entry:
+                starts = [self.times[self.steps.index(step)] for step in range(self.steps[-1] + 1)]
+                # Started late, it does no step again: each entry belongs to the step at its noise level.
+                self.steps = [max(sum(start >= t for start in starts) - 1, 0) for t in self.times]
+                self.is_unsure = self.times.count(self.first) > 1
             return entry + entry % getattr(self.scheduler, "order", 1)
         if hasattr(self.scheduler, "begin_index"):
             return 0  # rescaled times; a pipeline that starts late declares it to such a scheduler
-        raise ValueError(f"timestep={values[0]}: expected one of the scheduler's, {self.times}")
+        raise ValueError(f"timestep={self.first}: expected one of the scheduler's, {self.times}")
+
+    def follow(self, timestep: Any) -> None:
+        """What later evaluations tell: nothing, but in the first step and where the start was unsure."""
+        if not self.has_stepped and (now := _one(timestep)) != self.first:
+            raise RuntimeError(
+                f"timestep={now} came after {self.first} and scheduler.step was not called between: steps are "
+                "followed by it, so a loop must call it once per entry of scheduler.timesteps"
+            )
+        if self.has_stepped and self.is_unsure and self.entry is not None:
+            self.is_unsure = False
+            later = self.times[self.entry :]
+            self.entry += later.index(now) if (now := _one(timestep)) in later else 0
 
 
 class Stitch:
@@ -177,6 +200,7 @@ class Stitch:
             result = step(*args, **kwargs)
             if self._trajectory is not None and self._trajectory.entry is not None:
                 self._trajectory.entry += 1
+                self._trajectory.has_stepped = True
             return result
 
         before = {name: vars(scheduler)[name] for name in methods if name in vars(scheduler)}
@@ -203,6 +227,8 @@ class Stitch:
             )
         if trajectory.entry is None:
             trajectory.entry = trajectory.start(timestep)
+        else:
+            trajectory.follow(timestep)
         if trajectory.entry >= len(trajectory.steps):
             raise RuntimeError(
                 f"scheduler.step was called past the schedule's {len(trajectory.steps)} entries: this "
@@ -219,9 +245,10 @@ class Stitch:
 class StitchedDenoiser(nn.Module):
     """Stands where the host's denoiser stood. Each call goes to the model that owns the step.
 
-    `.to()`, `.train()`, `.parameters()`, `.compile()`, group offloading and cache contexts concern all
-    models; every other public attribute or method (config, dtype, attention processors, adapters) is the
-    host's.
+    What changes a denoiser concerns all models: `.to()`, `.train()`, `.parameters()`, `.compile()`, offloading,
+    caches, attributes that are set, and methods named set_, enable_, disable_, fuse_, unfuse_, unload_ or delete_
+    (attention processors and backends, FreeU, adapters). What loads weights made for one model is refused with a
+    ValueError. What is read (config, dtype, attention processors) is the host's.
     """
 
     models: Any
@@ -256,7 +283,64 @@ class StitchedDenoiser(nn.Module):
         except AttributeError:
             if name.startswith("_"):  # marks that libraries leave on a module belong to that module alone
                 raise
-            return getattr(self.models[-1], name)
+        found = getattr(self.models[-1], name)
+        if callable(found) and not isinstance(found, nn.Module):
+            if name.startswith(_FOR_ONE):
+                return lambda *args, **kwargs: _refuse(name)
+            if name.startswith(_REACHES_ALL):
+                return wraps(found)(partial(self._on_all, name))
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        models = vars(self).get("_modules", {}).get("models")
+        if models is None or name.startswith("_") or name in _OWN or not hasattr(models[-1], name):
+            super().__setattr__(name, value)
+            return
+        if isinstance(value, nn.Module):
+            raise AttributeError(f"{name}={type(value).__name__}: a module made for one denoiser; set it on each model")
+        for model in dict.fromkeys(models):
+            setattr(model, name, value)
+
+    def _on_all(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The method, called on every model once, the host's last; its result."""
+        if "adapter" in method and args:
+            _check_adapters(self, method, args[0])
+        result = None
+        for name, model in zip(self.stitch.names, self.models, strict=True):
+            if model in self.models[: self.stitch.names.index(name)]:
+                continue  # a model that stands for several
+            try:
+                result = getattr(model, method)(*deepcopy(args), **deepcopy(kwargs))
+            except Exception as error:
+                error.add_note(f"{method} failed on the {name} denoiser; those before it are changed")
+                raise
+        return result
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """The host's; what `set_attn_processor` is given back unchanged restores those of every model."""
+        return _Processors([model.attn_processors for model in self.models])
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Sets one processor, or those of a dict with the names of all models' layers, in every model.
+
+        Raises ValueError, before anything is changed, for a dict that does not fit all models, and for processors
+        with weights, which are made for one.
+        """
+        if isinstance(processor, _Processors) and processor.is_as_read:
+            for model, own in zip(self.models, processor.own, strict=True):
+                model.set_attn_processor(dict(own))
+            return
+        if any(isinstance(p, nn.Module) for p in (processor.values() if isinstance(processor, dict) else [processor])):
+            raise ValueError("set_attn_processor: a processor with weights is made for one denoiser; set it on each "
+                             "pipeline before stitch()")
+        for name, model in zip(self.stitch.names, self.models, strict=True):
+            if isinstance(processor, dict) and processor.keys() != model.attn_processors.keys():
+                odd = sorted(processor.keys() ^ model.attn_processors.keys())[:3]
+                raise ValueError(f"set_attn_processor: the {name} denoiser has other layers ({odd}...): pass one "
+                                 "processor for all, or set them on each pipeline before stitch()")
+        for model in self.models:
+            model.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)
 
     def to(self, *args: Any, **kwargs: Any) -> StitchedDenoiser:
         for model in self.models:
@@ -285,10 +369,49 @@ class StitchedDenoiser(nn.Module):
                 model._reset_stateful_cache(*args, **kwargs)
 
 
+class _Processors(dict[str, Any]):
+    """The host's attention processors, and those of every model."""
+
+    def __init__(self, own: list[dict[str, Any]]) -> None:
+        super().__init__(own[-1])
+        self.own = [dict(processors) for processors in own]
+
+    @property
+    def is_as_read(self) -> bool:
+        return self.keys() == self.own[-1].keys() and all(self[k] is p for k, p in self.own[-1].items())
+
+
 class StitchedPipeline(DiffusionPipeline):
-    """What `stitch` adds to the host's class. `stitch`: the choice of denoiser, see `Stitch`."""
+    """What `stitch` adds to the host's class. `stitch`: the choice of denoiser, see `Stitch`.
+
+    Methods of the host's class that change its denoiser (`_EACH`) are done with each denoiser in turn.
+    """
 
     stitch: Stitch
+
+    def _on_each(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method of the host's class with every denoiser in its place, the host's last; text encoders once."""
+        whole, texts = getattr(self, self._denoiser_name), _text_encoders(self)
+        if not isinstance(whole, StitchedDenoiser):  # asked by a method that is being done with one denoiser
+            return method(self, *args, **kwargs)
+        if method.__name__ in ("set_adapters", "delete_adapters", "set_lora_device", "fuse_lora"):
+            first = args[0] if args and method.__name__ != "fuse_lora" else None
+            _check_adapters(whole, method.__name__, kwargs.get("adapter_names", first))
+        fields: dict[str, Any] = self.__dict__
+        before, result = {name: fields[name] for name in texts if name in fields}, None
+        distinct = list(dict.fromkeys(reversed(whole.models)))[::-1]
+        for model in distinct:
+            kept = before if model is whole.models[-1] else dict.fromkeys(before)
+            fields.update({**kept, self._denoiser_name: model})
+            try:
+                result = method(self, *deepcopy(args), **deepcopy(kwargs))
+            except Exception as error:
+                name = self.stitch.names[list(whole.models).index(model)]
+                error.add_note(f"{method.__name__} failed on the {name} denoiser; those before it are changed")
+                raise
+            finally:
+                fields.update({**before, self._denoiser_name: whole})
+        return result
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Saves a plain pipeline of the host's class, with the last (large) denoiser."""
@@ -357,11 +480,14 @@ def stitch(
     a run starts late (image to image), a boundary stays at its noise level; the small model may get no step.
 
     The originals keep working. `pipe.stitch` re-aims and reports, `unstitch(pipe)` gives the host back.
-    Adapters and processors set on the stitched pipeline reach the host's denoiser only: set them before.
+    What is set on the stitched pipeline reaches all its denoisers: adapters that they have (`set_adapters`,
+    `disable_lora`, `fuse_lora`...), attention processors, FreeU, slicing, perturbed-attention guidance. Weights
+    are loaded (`load_lora_weights`, `load_ip_adapter`) into each pipeline before; here that is refused.
 
     Raises TypeError for what is no pipeline or denoiser, ValueError for bad fractions and for models that
-    cannot share a trajectory (latents, conditioning, VAE, noise schedule, prediction type, guidance
-    embedding, dtype), with both values. Source: T-Stitch, arXiv 2402.14167, section 3.
+    cannot share a trajectory (latents, conditioning, VAE, noise schedule, prediction type, guidance embedding,
+    IP-Adapters, the widths that a ControlNet or T2I-Adapter adds to, dtype), with both values; what can change
+    later is checked again in each call. Source: T-Stitch, arXiv 2402.14167, section 3.
     """
     if len(pipelines) < 2:
         raise ValueError(f"pipelines: expected at least two, cheapest first, got {len(pipelines)}")
@@ -398,11 +524,91 @@ def _stitched_class(host_class: Any) -> Any:
 
     @wraps(host_class.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.stitch.follow(self.scheduler):
-            return host_class.__call__(self, *args, **kwargs)
+        whole = getattr(self, self._denoiser_name)
+        for name, model in zip(self.stitch.names, whole.models, strict=True):
+            _check_adapted(model, whole.models[-1], f"the {name} denoiser")
+            _check_control(model, self, whole.models[-1], f"the {name} denoiser")
+        before = whole.attn_processors if hasattr(self, "_set_pag_attn_processor") else None
+        try:
+            with self.stitch.follow(self.scheduler):
+                return host_class.__call__(self, *args, **kwargs)
+        finally:
+            if before is not None:  # a call that fails leaves those of perturbed attention in place
+                whole.set_attn_processor(before)
 
-    space = {"__call__": call, "__module__": host_class.__module__, "__doc__": host_class.__doc__}
+    space: dict[str, Any] = {"__call__": call, "__module__": host_class.__module__, "__doc__": host_class.__doc__}
+    for name in _EACH:
+        if hasattr(host_class, name):
+            space[name] = _each(getattr(host_class, name))
+    for name in ("load_lora_weights", "load_ip_adapter"):
+        if hasattr(host_class, name):
+            space[name] = wraps(getattr(host_class, name))(partial(_refuse, name))
     return type(host_class.__name__, (StitchedPipeline, host_class), space)
+
+
+# Methods of pipelines that change the denoiser by ways that a `StitchedDenoiser` does not see.
+_EACH = (
+    "disable_lora", "enable_lora", "set_adapters", "delete_adapters", "fuse_lora", "unfuse_lora",
+    "unload_lora_weights", "set_lora_device", "enable_lora_hotswap", "set_ip_adapter_scale", "unload_ip_adapter",
+    "_set_pag_attn_processor", "get_active_adapters", "get_list_adapters",
+)  # fmt: skip
+_OWN = ("models", "stitch", "training", "forward", "to", "compile")
+
+
+def _each(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def on_each(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._on_each(method, *args, **kwargs)
+
+    return on_each
+
+
+def _refuse(method: str, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        f"{method}: brings weights made for one denoiser, and a stitched pipeline has several; call it on each "
+        "pipeline before stitch(), then set_adapters(), disable_lora() and their like reach all of them"
+    )
+
+
+def _check_adapters(whole: StitchedDenoiser, method: str, wanted: Any) -> None:
+    """Raises ValueError where a model lacks one of the adapters that are to be set, before any is changed."""
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    for name, model in zip(whole.stitch.names, whole.models, strict=True):
+        own = list(getattr(model, "peft_config", {}))
+        if missing := [adapter for adapter in wanted if adapter not in own]:
+            raise ValueError(
+                f"{method}: the {name} denoiser has no adapter {missing[0]!r} (it has {own}), and some steps would be "
+                "drawn without: load it into each pipeline before stitch(), or set it there on those that have it"
+            )
+
+
+def _check_adapted(model: Any, host: Any, who: str) -> None:
+    """Raises ValueError where the host's IP-Adapters are not the model's: its steps would ignore the image."""
+    ours, theirs = (
+        [type(layer).__name__ for layer in getattr(getattr(m, "encoder_hid_proj", None), "image_projection_layers", [])]
+        for m in (model, host)
+    )
+    if ours != theirs:
+        raise ValueError(f"{who}: IP-Adapters are {ours}, the host's are {theirs}; they have to be equal")
+
+
+def _check_control(model: Any, pipeline: Any, host: Any, who: str) -> None:
+    """Raises ValueError where what a ControlNet or T2I-Adapter adds to the host's features does not fit the model's."""
+    for part, fields in _CONTROL_FIELDS.items():
+        if getattr(pipeline, part, None) is None:
+            continue
+        read = _reader(model.config, host.config)
+        pairs = {key: read(key) for key in fields}
+        widths = [c.get("num_attention_heads") and c.get("attention_head_dim") for c in (model.config, host.config)]
+        if all(isinstance(w, int) for w in widths):  # a transformer
+            ours, theirs = (c["num_attention_heads"] * c["attention_head_dim"] for c in (model.config, host.config))
+            pairs["num_attention_heads x attention_head_dim"] = (ours, theirs)
+        for key, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                what = "ControlNet" if part == "controlnet" else "T2I-Adapter"
+                raise ValueError(
+                    f"{who}: {key} (with a {what}) is {ours}, the host's is {theirs}; they have to be equal"
+                )
 
 
 def _solver_steps(scheduler: Any, n_entries: int) -> list[int]:
@@ -413,6 +619,13 @@ def _solver_steps(scheduler: Any, n_entries: int) -> list[int]:
             return [e // 4 for e in range(n_rk)] + [n_rk // 4 + e for e in range(n_entries - n_rk)]
         return [max(e - 1, 0) for e in range(n_entries)]  # the first step is done again with its end point
     return [e // getattr(scheduler, "order", 1) for e in range(n_entries)]
+
+
+def _one(timestep: Any) -> Any:
+    values = torch.as_tensor(timestep).unique().tolist()
+    if len(values) > 1:
+        raise ValueError(_per_sample(values))
+    return values[0]
 
 
 def _per_sample(values: list[float]) -> str:
@@ -474,18 +687,13 @@ def _check_pair(given: Any, small: Any, host: Any, large: Any, argument: str) ->
         same(key, *read(key))
     if not _takes_any_size(large.config):
         same("sample_size", *read("sample_size"))
-    if getattr(host, "controlnet", None) is not None:
-        for key in _CONTROL_FIELDS:
-            same(f"{key} (with a ControlNet)", *read(key))
+    _check_control(small, host, large, argument)
+    _check_adapted(small, large, argument)
     same("dtype", small.dtype, large.dtype)
 
     if isinstance(given, DiffusionPipeline):
         same("the set of text encoders", _text_encoders(given), _text_encoders(host))
-        if getattr(given, "vae", None) is not None and getattr(host, "vae", None) is not None:
-            read = _reader(given.vae.config, host.vae.config)
-            for key in _VAE_FIELDS:
-                same(f"vae {key}", *read(key))
-            same("vae_scale_factor", *(getattr(p, "vae_scale_factor", None) for p in (given, host)))
+        check_vae(given, host, argument)
         read = _reader(given.scheduler.config, host.scheduler.config)
         for key in _SCHEDULE_FIELDS:
             if key == "flow_shift" and not host.scheduler.config.get("use_flow_sigmas"):

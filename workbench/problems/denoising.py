@@ -26,7 +26,7 @@ Network = Callable[..., Tensor]
 SPACINGS = ("trailing", "leading", "linspace", "log_snr", "karras", "t_quadratic")
 FINALS = ("zero", "cleanest")
 PHASES = ("t", "rho", "log_rho")
-PREDICTIONS = ("eps", "x0", "v")
+PREDICTIONS = ("eps", "x0", "v", "flow")
 
 
 class Point(NamedTuple):
@@ -38,7 +38,9 @@ class Point(NamedTuple):
 
     @property
     def log_snr(self) -> float:
-        return math.inf if self.sigma == 0 else math.log(self.alpha / self.sigma)
+        if self.sigma == 0 or self.alpha == 0:  # the clean data, or no signal at all
+            return math.inf if self.sigma == 0 else -math.inf
+        return math.log(self.alpha / self.sigma)
 
 
 CLEAN = Point(t=0.0, alpha=1.0, sigma=0.0)
@@ -58,7 +60,10 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class DiscreteSchedule:
-    """A table of alpha_bar_t for t = 0..T-1, as diffusers keeps it; between entries log-SNR is linear in t."""
+    """A table of alpha_bar_t for t = 0..T-1, as diffusers keeps it; between entries log-SNR is linear in t.
+
+    Between the last two it is alpha that is linear, where the last one is 0 (`zero_terminal`).
+    """
 
     alphas_cumprod: tuple[float, ...]
 
@@ -68,6 +73,21 @@ class DiscreteSchedule:
         # float32 like diffusers, so that a table made here equals one read from a pipeline's scheduler bit by bit
         betas = torch.linspace(beta_start, beta_end, n_train, dtype=torch.float32)
         return cls(tuple(torch.cumprod(1 - betas, 0).tolist()))
+
+    @classmethod
+    def cosine(cls, n_train: int = 1000) -> DiscreteSchedule:
+        """The cosine schedule of arXiv 2102.09672, equation 17, its betas at most 0.999."""
+        bar = [math.cos((i / n_train + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n_train + 1)]
+        return cls(tuple(np.cumprod([1 - min(1 - b / a, 0.999) for a, b in pairwise(bar)]).tolist()))
+
+    def zero_terminal(self) -> DiscreteSchedule:
+        """This table with no signal left at its last entry: alpha shifted to 0 there, and scaled to keep its first.
+
+        Networks of such a schedule predict "v" or "x0": the noise alone says nothing about the data there.
+        Source: arXiv 2305.08891, algorithm 1.
+        """
+        first, *_, last = alphas = [math.sqrt(bar) for bar in self.alphas_cumprod]
+        return DiscreteSchedule(tuple(((a - last) * (first / (first - last))) ** 2 for a in alphas))
 
     cleanest = 0.0
 
@@ -81,6 +101,9 @@ class DiscreteSchedule:
             bar = self.alphas_cumprod[int(t)]
             return Point(t, math.sqrt(bar), math.sqrt(1 - bar))
         low = int(t)
+        if self.alphas_cumprod[low + 1] == 0:
+            alpha = (low + 1 - t) * math.sqrt(self.alphas_cumprod[low])
+            return Point(t, alpha, math.sqrt(1 - alpha**2))
         mixed = float(torch.lerp(self._log_snr[low], self._log_snr[low + 1], t - low))
         return Point(t, *_scales(mixed))
 
@@ -91,6 +114,8 @@ class DiscreteSchedule:
                 f"log_snr={log_snr:.4g} is outside this schedule, {float(table[-1]):.4g} to {float(table[0]):.4g}"
             )
         high = min(max(int(torch.searchsorted(-table, -log_snr)), 1), len(table) - 1)
+        if self.alphas_cumprod[high] == 0:
+            return high - _scales(log_snr)[0] / math.sqrt(self.alphas_cumprod[high - 1])
         a, b = float(table[high - 1]), float(table[high])
         return min(max(high - 1 + (a - log_snr) / (a - b), 0.0), len(table) - 1.0)
 
@@ -109,6 +134,7 @@ class DiscreteSchedule:
             return [float(i * (total // n_steps)) for i in reversed(range(n_steps))]
         if spacing == "linspace":
             return np.linspace(0, total - 1, n_steps).round()[::-1].tolist() if n_steps > 1 else [total - 1.0]
+        with_signal(self, self.at(total - 1.0), f"spacing={spacing!r}")
         low, high = float(self._log_snr[-1]), float(self._log_snr[0])
         return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
 
@@ -191,13 +217,58 @@ class ContinuousVE:
         return _unit_times(self, n_steps, spacing)
 
 
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """The straight path from data to noise (arXiv 2209.03003, 2210.02747): alpha 1 - t, sigma t, t in (0, start].
+
+    Its networks predict "flow", the velocity dx/dt = eps - x0, and DDIM is Euler's method on it. At t = 1 there is no
+    signal; with a start just below it serves the samplers too that need some.
+    """
+
+    start: float = 1.0
+    cleanest: float = 1e-3
+
+    def at(self, t: float) -> Point:
+        return Point(t, 1 - t, t)
+
+    def t_at(self, log_snr: float) -> float:
+        return 1 / (1 + math.exp(log_snr))
+
+    def progress(self, t: float) -> float:
+        return 1 - t
+
+    def times(self, n_steps: int, spacing: str) -> list[float]:
+        return _unit_times(self, n_steps, spacing, self.start)
+
+
+@dataclass(frozen=True)
+class EDMSchedule:
+    """Noise alone, as EDM has it (arXiv 2206.00364, table 1): alpha 1, sigma t, t in (0, sigma_max]."""
+
+    sigma_max: float = 80.0
+    cleanest: float = 0.002
+
+    def at(self, t: float) -> Point:
+        return Point(t, 1.0, t)
+
+    def t_at(self, log_snr: float) -> float:
+        return math.exp(-log_snr)
+
+    def progress(self, t: float) -> float:
+        return 1 - t / self.sigma_max
+
+    def times(self, n_steps: int, spacing: str) -> list[float]:
+        return _unit_times(self, n_steps, spacing, self.sigma_max)
+
+
 def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") -> list[Point]:
     """n_steps + 1 noise levels, full noise first.
 
     spacing is one of SPACINGS: diffusers' three, even in log-SNR, "karras" (arXiv 2206.00364, equation 5, rho 7) and
     "t_quadratic" (arXiv 2204.13902). final: the last level is the clean data (sigma "zero") or the schedule's
     "cleanest", which "linspace" and "leading" reach on even steps.
-    Raises ValueError where the schedule has fewer levels than steps.
+    Raises ValueError where the schedule has fewer levels than steps, and for "log_snr" and "karras" where it starts
+    without signal.
     """
     if spacing in ("karras", "t_quadratic"):
         return power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
@@ -218,16 +289,40 @@ def noisiest(schedule: Schedule) -> Point:
     return schedule.at(schedule.times(1, "trailing")[0])
 
 
+def prior_std(start: Point) -> float:
+    """The standard deviation of the noise that a trajectory starts from at the level `start`.
+
+    1 where the schedule keeps the variance of data of unit variance at 1 or less (VP, sub-VP, flows), whatever the
+    level; sigma where noise is added to the data as it is (VE, EDM). Source: arXiv 2011.13456, appendix C.
+    """
+    return 1.0 if start.alpha**2 + start.sigma**2 <= 1 + 1e-6 else start.sigma
+
+
+def with_signal(schedule: Schedule, start: Point, who: str) -> None:
+    """Raises ValueError where there is no signal at the level that a trajectory starts from: `who` cannot start there.
+
+    At alpha = 0 the log-SNR is minus infinity and sigma / alpha infinite, so nothing can be even in either, and a step
+    in them has no length. Only the data estimate is known there: DDIM, and what falls back on it, goes on from it.
+    """
+    if start.alpha == 0:
+        raise ValueError(f"{who}: {type(schedule).__name__} has no signal at t = {start.t:g} (alpha 0, log-SNR minus "
+                         "infinity), and this cannot start there: expected a start at alpha above 0, as "
+                         "RectifiedFlow(start=0.999) has, or what starts from the data estimate alone: ddim, dpmpp_2m, "
+                         "usf, dpm_solver (multistep) and unipc on 'x0', with steps even in time")
+
+
 def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final: str = "zero") -> list[Point]:
     """n_steps + 1 levels, even in phase ** (1 / power) from the noisiest to the cleanest level.
 
     phase: time "t", "rho" = sigma / alpha, or "log_rho" (power has no meaning there). With final "zero" the first
     n_steps levels span that range and the clean data (sigma 0) follows. Source: arXiv 2204.13902, appendix H.3.
-    Raises ValueError for another phase.
+    Raises ValueError for another phase, and for "rho" and "log_rho" where the schedule starts without signal.
     """
     if phase not in PHASES:
         raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
     ends = noisiest(schedule), schedule.at(schedule.cleanest)
+    if phase != "t":
+        with_signal(schedule, ends[0], f"phase={phase!r}")
     n_levels = n_steps if final == "zero" else n_steps + 1
     shares = [i / (n_levels - 1) for i in range(1, n_levels - 1)]
     if phase == "log_rho":
@@ -260,8 +355,13 @@ def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:
 class Denoiser:
     """A network with what is needed to read its output.
 
-    network(x (B, *shape), t (B,), labels (B,) or None) -> (B, *shape), what `prediction` says: "eps", "x0" or "v".
+    network(x (B, *shape), t (B,), labels (B,) or None) -> (B, *shape), what `prediction` says: "eps", "x0",
+    "v" = alpha eps - sigma x0 (arXiv 2202.00512), which needs alpha^2 + sigma^2 = 1, or "flow", the velocity eps - x0
+    of a rectified flow (arXiv 2209.03003), which needs alpha + sigma = 1.
     schedule is the one that the network was trained on; null_label is the label that means "no label", if it has one.
+    guidance_rescale: the share of a guided output that is brought back to the standard deviation of the conditional one
+    (arXiv 2305.08891, equations 15 and 16).
+    Raises ValueError for another prediction, or one that the schedule has not.
     """
 
     name: str
@@ -270,13 +370,20 @@ class Denoiser:
     prediction: str = "eps"
     null_label: int | None = None
     module: Any = field(default=None, compare=False, repr=False)  # the torch module behind network, where there is one
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"{self.name}: prediction={self.prediction!r}: expected one of {', '.join(PREDICTIONS)}")
-        if self.prediction == "v" and isinstance(self.schedule, ContinuousVE | SubVP):
-            raise ValueError(f"{self.name}: prediction='v' needs alpha^2 + sigma^2 = 1, which "
-                             f"{type(self.schedule).__name__} has not: expected eps or x0")
+        power = {"v": 2, "flow": 1}.get(self.prediction)
+        if power is not None:
+            ends = noisiest(self.schedule).t, self.schedule.cleanest
+            for point in map(self.schedule.at, (*ends, sum(ends) / 2)):
+                if abs(point.alpha**power + point.sigma**power - 1) > 1e-6:
+                    rule, other = ("alpha^2 + sigma^2", "flow") if power == 2 else ("alpha + sigma", "v")
+                    raise ValueError(f"{self.name}: prediction={self.prediction!r} needs {rule} = 1, which "
+                                     f"{type(self.schedule).__name__} has not (alpha {point.alpha:.4g}, sigma "
+                                     f"{point.sigma:.4g}): expected eps, x0, or {other!r} if that is its kind")
 
     def predict(self, x: Tensor, here: Point | Sequence[Point], on: Schedule, labels: Tensor | None, guidance: float
                 ) -> tuple[Tensor, Tensor]:
@@ -288,12 +395,19 @@ class Denoiser:
         scale, so models of different schedules and prediction types are joined and never silently mixed.
         Evaluates B rows, or 2 B where guidance is not 1 and there are labels (classifier-free guidance,
         arXiv 2207.12598: unconditional + guidance * (conditional - unconditional)).
+        Raises ValueError where there is no null label for guidance, or the point has alpha 0 and the network predicts
+        "eps", or is of a schedule that has signal everywhere.
         """
         given = [here] if isinstance(here, Point) else list(here)
+        if self.prediction == "eps" and any(p.alpha == 0 for p in given):
+            raise ValueError(f"{self.name}: prediction='eps' says nothing about the data where alpha is 0, as "
+                             f"{type(on).__name__} has it at full noise: expected a network that predicts x0, v or "
+                             "flow, or a start at alpha above 0 (spacing='leading', RectifiedFlow(start=0.999))")
         points, own = given, x
         if self.schedule != on:
-            points = [self.schedule.at(self.schedule.t_at(p.log_snr)) for p in given]
-            own = x * _scale([p.alpha / g.alpha for p, g in zip(points, given, strict=True)], x)
+            points = [self._at_log_snr_of(p, on) for p in given]
+            own = x * _scale([p.alpha / g.alpha if g.alpha else p.sigma / g.sigma
+                              for p, g in zip(points, given, strict=True)], x)
         alpha, sigma = (_scale(values, x) for values in ([p.alpha for p in given], [p.sigma for p in given]))
         times = _times([p.t for p in points], x)
         if labels is not None and guidance != 1:
@@ -303,13 +417,30 @@ class Denoiser:
             both = torch.cat((torch.full_like(labels, self.null_label), labels))
             out = self.network(twice, times.repeat(2), both)
             raw = torch.lerp(out[: len(x)], out[len(x) :], guidance)
+            if self.guidance_rescale:
+                inner = tuple(range(1, raw.ndim))
+                spread = out[len(x) :].std(inner, keepdim=True) / raw.std(inner, keepdim=True)
+                raw = torch.lerp(raw, raw * spread, self.guidance_rescale)
         else:
             raw = self.network(own, times, labels)
         if self.prediction == "eps":
             return _less(x, raw, sigma) / alpha, raw
         if self.prediction == "v":
             raw = _scale([p.alpha for p in points], x) * own - _scale([p.sigma for p in points], x) * raw
+        elif self.prediction == "flow":  # x0 = alpha x0 + sigma eps - sigma (eps - x0)
+            raw = _less(own, raw, _scale([p.sigma for p in points], x))
         return raw, _less(x, raw, alpha) / sigma
+
+    def _at_log_snr_of(self, point: Point, on: Schedule) -> Point:
+        """The network's own level of the same log-SNR."""
+        if point.alpha > 0:
+            return self.schedule.at(self.schedule.t_at(point.log_snr))
+        own = noisiest(self.schedule)
+        if own.alpha > 0:
+            raise ValueError(f"{self.name}: asked at alpha 0 of {type(on).__name__}, but its own schedule, "
+                             f"{type(self.schedule).__name__}, has no noisier level than log-SNR {own.log_snr:.4g}: "
+                             "expected a start at alpha above 0")
+        return own
 
 
 @dataclass(frozen=True)
@@ -350,9 +481,13 @@ class Denoising:
         """Of a method's states."""
         return self.dtype
 
-    def start(self, rng: Rng) -> Tensor:
-        """The noise that a run starts from: (n_samples, *shape), standard normal."""
-        return rng.normal(self.shape, self.dtype, self.device)
+    def start(self, rng: Rng, at: Point | None = None) -> Tensor:
+        """The noise that a run starts from at the level `at`, by default the noisiest: (n_samples, *shape).
+
+        Normal with the standard deviation `prior_std` of that level.
+        """
+        std = prior_std(noisiest(self.schedule) if at is None else at)
+        return std * rng.normal(self.shape, self.dtype, self.device)
 
     def branches(self, guidance: float = 1.0) -> int:
         """Network rows per sample and evaluation: 2 under classifier-free guidance, else 1."""
@@ -374,7 +509,7 @@ def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: f
     keyed by the model's name. Costs (n_models * n_steps) * branches evaluations per sample.
     Source: the similarity that T-Stitch rests on, arXiv 2402.14167, section 3.
     """
-    x, labels = problem.start(rng), problem.labels(rng.n_samples)
+    x, labels = problem.start(rng, points[0]), problem.labels(rng.n_samples)
     found: dict[str, list[float]] = {m.name: [] for m in problem.models}
     with torch.no_grad():
         for here, there in pairwise(points):
@@ -387,16 +522,17 @@ def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: f
     return found
 
 
-def _unit_times(schedule: Schedule, n_steps: int, spacing: str) -> list[float]:
-    """`Schedule.times` where t runs from 1 (full noise) down to schedule.cleanest."""
+def _unit_times(schedule: Schedule, n_steps: int, spacing: str, top: float = 1.0) -> list[float]:
+    """`Schedule.times` where t runs from `top` (full noise) down to schedule.cleanest, and 0 is the data."""
     cleanest = schedule.cleanest
     if spacing == "trailing":
-        return [1 - i / n_steps for i in range(n_steps)]
+        return [top * (1 - i / n_steps) for i in range(n_steps)]
     if spacing == "leading":
-        return [cleanest + (1 - cleanest) * (n_steps - 1 - i) / n_steps for i in range(n_steps)]
+        return [cleanest + (top - cleanest) * (n_steps - 1 - i) / n_steps for i in range(n_steps)]
     if spacing == "linspace":
-        return [1 + (cleanest - 1) * i / max(n_steps - 1, 1) for i in range(n_steps)]
-    low, high = schedule.at(1.0).log_snr, schedule.at(cleanest).log_snr
+        return [top + (cleanest - top) * i / max(n_steps - 1, 1) for i in range(n_steps)]
+    with_signal(schedule, schedule.at(top), f"spacing={spacing!r}")
+    low, high = schedule.at(top).log_snr, schedule.at(cleanest).log_snr
     return [schedule.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
 
 

@@ -53,8 +53,10 @@ def glyphs(sizes: Sequence[str] = SIZES, text: str | None = None, guidance: floa
     return from_pipelines(
         *pipes, conditions=[zoo.CLASSES.index(c) for c in characters], names=[s.upper() for s in sizes], judge=judge,
         name="glyphs " + "-".join(sizes).upper() + (f" {characters}" if text else ""), guidance=guidance,
-        digest="-".join(zoo.weights_digest(s)[:12] for s in sizes), loaders=[f"load_pipeline({s!r})" for s in sizes],
-        source=f"from workbench.problems.glyphs import glyphs\n\nproblem = glyphs({sizes}, text={text!r})")
+        digest="-".join(d[:12] for d in (*map(zoo.weights_digest, sizes), zoo.folder_digest(zoo.WEIGHTS / "classifier"))),
+        loaders=[f"load_pipeline({s!r})" for s in sizes],
+        source=f"from workbench.problems.glyphs import glyphs\n\nproblem = glyphs({sizes}, text={text!r}, "
+               f"guidance={guidance})")
 
 
 @cache

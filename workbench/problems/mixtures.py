@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.problems.denoising import PREDICTIONS, ContinuousVP, Denoiser, Denoising, Network, Schedule
+from workbench.problems.denoising import PREDICTIONS, ContinuousVP, Denoiser, Denoising, Network, Schedule, noisiest
 from workbench.quality import Drawn, Quality, energy_distance, wasserstein_1
 
 KINDS = ("ring", "pinwheel")
@@ -89,9 +89,9 @@ def gaussian_mixture_denoiser(weights: Tensor, means: Tensor, covariances: Tenso
     """The exact posterior mean of a Gaussian mixture as a network(x (B, *shape), t (B,), labels (B,) or None).
 
     weights (K,), or (n_labels, K) with one row per label; means (K, D); covariances (K, D, D), singular ones too;
-    D is the number of entries of one sample. Returns (B, *shape) of x's dtype, what `prediction` says ("eps", "x0" or
-    "v"), computed in float64 with each row's own t. Responsibilities are a softmax of log-densities and the matrices
-    alpha^2 C + sigma^2 I are inverted by eigenvalues, so it holds at every noise level with sigma > 0.
+    D is the number of entries of one sample. Returns (B, *shape) of x's dtype, what `prediction` says ("eps", "x0",
+    "v" or "flow"), computed in float64, each row's t its own. Responsibilities are a softmax of log-densities and the
+    matrices alpha^2 C + sigma^2 I are inverted by eigenvalues, so it holds at every noise level with sigma > 0.
     Cost per row: `mixture_flops`. Raises ValueError for an unknown prediction or for labels that do not fit weights.
     """
     if prediction not in PREDICTIONS:
@@ -115,8 +115,10 @@ def gaussian_mixture_denoiser(weights: Tensor, means: Tensor, covariances: Tenso
             own = sigma / noisy * off
         elif prediction == "x0":
             own, constant = alpha * spread / noisy * off, centres
-        else:  # v = alpha eps - sigma x0
+        elif prediction == "v":  # alpha eps - sigma x0
             own, constant = alpha * sigma * (1 - spread) / noisy * off, -sigma * centres
+        else:  # the flow's velocity, eps - x0
+            own, constant = (sigma - alpha * spread) / noisy * off, -centres
         out = torch.einsum("bk,bkd->bd", share, torch.einsum("bke,kde->bkd", own, axes) + constant)
         return out.reshape(x.shape).to(x.dtype)
 
@@ -233,12 +235,13 @@ def _toy(name: str, call: str, law: Mixture, mixtures: Mapping[str, Mixture], ju
     function = call.partition("(")[0]
     source = f"from workbench.problems.mixtures import {function}\n\nproblem = {call}" if schedule is None else ""
     schedule = ContinuousVP() if schedule is None else schedule
+    prediction = "eps" if noisiest(schedule).alpha > 0 else "x0"  # without signal the noise says nothing about the data
     labels = None if classes is None else len(classes)
     models, flops = [], {}
     for model, mixture in mixtures.items():
         weights = mixture.weights if classes is None else _label_weights(mixture, classes)
-        network = gaussian_mixture_denoiser(weights, mixture.means, mixture.covariances, schedule)
-        models.append(Denoiser(model, network, schedule, "eps", null_label=labels))
+        network = gaussian_mixture_denoiser(weights, mixture.means, mixture.covariances, schedule, prediction)
+        models.append(Denoiser(model, network, schedule, prediction, null_label=labels))
         flops[model] = mixture_flops(*mixture.means.shape)
     return Denoising(
         name=name, digest=digest(name, law.weights, law.means, law.covariances, repr(schedule)), schedule=schedule,

@@ -186,36 +186,42 @@ def _discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor
 
     With classes: xx = sum_c p_c^2 mean_{i != j in c} + sum_{c != c'} p_c p_c' mean, xy = sum_c p_c mean. The error is
     that of the projection on single samples, less what the noise of its estimate adds (a U-statistic's second term).
+    Memory: a block of 1024 rows of the Gram matrix. Raises ValueError where x has fewer than 2 rows.
     """
     if len(x) < 2:
         raise ValueError(f"features of shape {tuple(x.shape)}: expected (n, d) with n at least 2")
     drawn = drawn or Drawn(len(x))
     theirs = reference_drawn or Drawn(len(y))
-    gram, pairs, weights = kernel(x, x), _pairs(drawn), drawn.weights()
-    to_y = kernel(x, y) @ theirs.weights()
-    parts = (gram * pairs).sum(1)
-    value = float(parts.sum() + (kernel(y, y) * _pairs(theirs)).sum() - 2 * weights @ to_y)
-    error = drawn.mean(2 * (parts / weights - to_y))
+    index, counts, shares = drawn.classes()
+    weights, means = drawn.weights(), _class_means(x, kernel, drawn)
+    to_y = torch.cat([kernel(part, y) @ theirs.weights() for part in x.split(_ROWS)])
+    to_x = means @ shares
+    yy = theirs.weights() @ (_class_means(y, kernel, theirs) @ theirs.classes()[2])
+    value = float(weights @ to_x + yy - 2 * weights @ to_y)
+    error = drawn.mean(2 * (to_x - to_y))
     variance = error.stderr**2
-    variance = max(variance - float(2 * (_centred(gram, drawn) * pairs).square().sum()), variance / 2)
-    return Quality(value, math.sqrt(variance), len(x), df=error.df)
+    # what no function of one sample explains: the doubly centred Gram matrix, class by class
+    member = torch.nn.functional.one_hot(index, len(counts)).double()
+    blocks = member.T @ means / counts.double()[:, None]
+    others, excess = (counts.double() / (counts - 1).clamp(min=1))[index], 0.0
+    for rows in torch.arange(len(x)).split(_ROWS):
+        centred = kernel(x[rows], x) - means[rows][:, index] - means.T[index[rows]] + blocks[index[rows]][:, index]
+        scale = torch.where(index[rows][:, None] == index, others, 1.0) * weights * weights[rows][:, None]
+        scale[torch.arange(len(rows)), rows] = 0.0
+        excess += 2 * float((centred * scale).square().sum())
+    return Quality(value, math.sqrt(max(variance - excess, variance / 2)), len(x), df=error.df)
 
 
-def _pairs(drawn: Drawn) -> Tensor:
-    """The weight of each pair of samples (n, n) in the mean over pairs of independent draws; none with itself."""
-    index, counts, _ = drawn.classes()
-    weights = drawn.weights()
-    pairs = torch.outer(weights, weights)
-    others = (counts.double() / (counts - 1).clamp(min=1))[index]  # within a class a sample has n_c - 1 others
-    pairs = torch.where(index[:, None] == index, pairs * others[:, None], pairs)
-    return pairs.fill_diagonal_(0.0)
+_ROWS = 1024  # of a Gram matrix at a time
 
 
-def _centred(gram: Tensor, drawn: Drawn) -> Tensor:
-    """The doubly centred part of a Gram matrix (n, n), class by class: what no function of one sample explains."""
+def _class_means(x: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], drawn: Drawn) -> Tensor:
+    """The mean of k(x_i, .) over the samples of each class (n, C), x_i itself left out of its own."""
     index, counts, _ = drawn.classes()
     member = torch.nn.functional.one_hot(index, len(counts)).double()
-    off = gram.clone().fill_diagonal_(0.0)
-    rows = off @ member / (counts.double() - member).clamp(min=1)  # mean over each class, in its own without itself
-    blocks = member.T @ rows / counts.double()[:, None]
-    return off - rows[:, index] - rows[:, index].T + blocks[index][:, index]
+    sums = []
+    for rows in torch.arange(len(x)).split(_ROWS):
+        gram = kernel(x[rows], x)
+        gram[torch.arange(len(rows)), rows] = 0.0
+        sums.append(gram @ member)
+    return torch.cat(sums) / (counts.double() - member).clamp(min=1)

@@ -8,11 +8,21 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from toys import PLANE, STARTS, cosine_schedule, gaussian, log_snr_points, plane, solve, true_flow
+from toys import PLANE, STARTS, VP_PREDICTIONS, gaussian, log_snr_points, plane, solve, true_flow
 
-from workbench.methods.denoising._march import Advance, march
+from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import ddim_step
-from workbench.problems.denoising import CLEAN, PREDICTIONS, ContinuousVP, Denoiser, DiscreteSchedule, grid
+from workbench.problems.denoising import (
+    CLEAN,
+    ContinuousVE,
+    ContinuousVP,
+    Denoiser,
+    DiscreteSchedule,
+    EDMSchedule,
+    RectifiedFlow,
+    SubVP,
+    grid,
+)
 from workbench.problems.mixtures import two_modes
 from workbench.rng import Rng
 
@@ -59,7 +69,7 @@ def assert_parity(solver, prediction, n_steps, spacing, eta):
     torch.testing.assert_close(ours, in_diffusers(problem, 6, n_steps, spacing, eta), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])  # diffusers' linspace does not step to its own next time
 def test_parity_with_diffusers(prediction, eta, spacing):
@@ -84,7 +94,7 @@ def test_every_number_of_steps_has_diffusers_timesteps(spacing):
     assert LINEAR.times(1, spacing) == [0.0 if spacing == "leading" else 999.0]
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, ContinuousVP(), cosine_schedule()])
+@pytest.mark.parametrize("schedule", [LINEAR, ContinuousVP(), DiscreteSchedule.cosine()])
 def test_log_snr_spacing_is_even_in_log_snr(schedule):
     points = grid(schedule, 12, "log_snr")
     reached = torch.tensor([p.log_snr for p in points[:-1]] + [schedule.at(schedule.cleanest).log_snr])
@@ -167,6 +177,60 @@ def test_spread_of_noisy_steps(eta):
 def test_spread_fails_for_a_broken_twin():
     measured, expected, n = sampled_std(unreduced, 1.0)
     assert measured != pytest.approx(expected, rel=4 / math.sqrt(2 * n))
+
+
+# Levels of every kind of schedule, one step apart.
+PAIRS = {"vp": (ContinuousVP(), 0.8, 0.5), "table": (LINEAR, 900.0, 700.0), "sub_vp": (SubVP(), 0.6, 0.3),
+         "ve": (ContinuousVE(), 0.7, 0.6), "edm": (EDMSchedule(), 3.0, 1.0), "flow": (RectifiedFlow(), 0.7, 0.4),
+         "flow from noise": (RectifiedFlow(), 1.0, 0.8)}
+
+
+def of_vp(x, step: Advance, *, eta: float = 0.0):
+    """Broken twin: the fresh noise as it is written for alpha^2 + sigma^2 = 1."""
+    now = step.denoise(x, step.here)
+    fresh = eta * step.there.sigma / step.here.sigma * math.sqrt(1 - (step.here.alpha / step.there.alpha) ** 2)
+    return (step.there.alpha * now.x0 + math.sqrt(max(step.there.sigma**2 - fresh**2, 0.0)) * now.eps
+            + fresh * step.noise()), now
+
+
+def fresh_noise(solver, schedule, here, there, eta):
+    """The factor of fresh noise in one step: what the state gains where that noise is one instead of nought."""
+    x = torch.ones((1, 1), dtype=torch.float64)
+    ends = []
+    for value in (0.0, 1.0):
+        step = Advance(lambda x, at: Evaluated(at, x, torch.zeros_like(x), x / at.sigma), schedule.at(here),
+                       schedule.at(there), (), 2, lambda value=value: torch.full_like(x, value), schedule)
+        ends.append(float(solver(x, step, eta=eta)[0]))
+    return ends[1] - ends[0]
+
+
+def assert_posteriors_spread(solver, schedule, here, there):
+    """Of x_there given x_here and x_0, from their joint law alone: var - cov^2 / var, whatever alpha and sigma are."""
+    a, b = schedule.at(here), schedule.at(there)
+    covariance = a.alpha / b.alpha * b.sigma**2  # x_here is a.alpha / b.alpha x_there and independent noise
+    expected = math.sqrt(b.sigma**2 - covariance**2 / a.sigma**2)
+    for eta in (1.0, 0.3):
+        assert fresh_noise(solver, schedule, here, there, eta) == pytest.approx(eta * expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_eta_one_draws_from_the_posterior_on_every_schedule(kind):
+    assert_posteriors_spread(ddim_step, *PAIRS[kind])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PAIRS if kind not in ("vp", "table", "flow from noise")])
+def test_the_posterior_check_fails_for_noise_as_vp_has_it(kind):
+    assert_posteriors_spread(of_vp, *PAIRS["vp"])
+    with pytest.raises(AssertionError):
+        assert_posteriors_spread(of_vp, *PAIRS[kind])
+
+
+def test_on_vp_the_fresh_noise_is_the_papers():
+    for schedule in (ContinuousVP(), LINEAR, DiscreteSchedule.cosine()):
+        for n_steps in (3, 20, 200):
+            for here, there in pairwise(grid(schedule, n_steps, "trailing")[:-1]):
+                ours, paper = (fresh_noise(solver, schedule, here.t, there.t, 0.7) for solver in (ddim_step, of_vp))
+                assert ours == pytest.approx(paper, abs=1e-12)
 
 
 def test_more_steps_than_levels_is_an_error():

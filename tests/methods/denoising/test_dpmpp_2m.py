@@ -8,13 +8,13 @@ from itertools import pairwise
 import diffusers.schedulers.scheduling_dpmsolver_multistep as in_module
 import pytest
 import torch
-from toys import STARTS, gaussian, log_snr_points, plane, solve, true_flow
+from toys import STARTS, VP_PREDICTIONS, gaussian, log_snr_points, plane, solve, true_flow
 
 from workbench import run
 from workbench.methods.denoising._march import Advance, march
 from workbench.methods.denoising.ddim import ddim_step
 from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
-from workbench.problems.denoising import CLEAN, PREDICTIONS, ContinuousVP, DiscreteSchedule, grid
+from workbench.problems.denoising import CLEAN, ContinuousVP, DiscreteSchedule, grid
 from workbench.problems.mixtures import two_modes
 from workbench.rng import Rng
 
@@ -76,7 +76,7 @@ def assert_parity(monkeypatch, solver, prediction, n_steps, spacing):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_parity_with_diffusers(monkeypatch, prediction, spacing):
     for n_steps in (1, 2, 3, 8, 20, 25):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from toys import PLANE, plane
+from toys import PLANE, VP_PREDICTIONS, plane
 
 import workbench.methods.denoising.inverse as in_module
 from workbench import run
@@ -22,7 +22,7 @@ from workbench.methods.denoising.inverse import (
     pictures,
 )
 from workbench.methods.denoising.score_sde import SDES, Condition, levels, pc_sample, sde_path
-from workbench.problems.denoising import PREDICTIONS, ContinuousVE, ContinuousVP, Denoiser, DiscreteSchedule
+from workbench.problems.denoising import ContinuousVE, ContinuousVP, Denoiser, DiscreteSchedule
 from workbench.problems.digits import digits
 from workbench.problems.mixtures import Mixture
 from workbench.rng import Rng
@@ -277,7 +277,7 @@ def assert_class_conditional(condition_of, prediction="eps", schedule=VP, **knob
                                        answer(of_class(k, schedule, prediction), 6, **settings), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 def test_the_exact_classifier_gives_the_class_conditional_law(prediction):
     assert_class_conditional(guided_by, prediction)
     assert_class_conditional(guided_by, prediction, n_corrections=1, length="sigma")

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, ScoreSdeVeScheduler
 from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
 from scipy.integrate import solve_ivp
-from toys import cosine_schedule, plane
+from toys import VP_PREDICTIONS, plane
 
 from workbench import run
 from workbench.methods.denoising._march import Advance, Evaluated, march
@@ -23,12 +23,10 @@ from workbench.methods.denoising.score_sde import (
     nfe,
     pc_sample,
     pc_step,
-    prior_std,
     sde_path,
 )
 from workbench.problems.denoising import (
     CLEAN,
-    PREDICTIONS,
     ContinuousVE,
     ContinuousVP,
     Denoiser,
@@ -36,6 +34,7 @@ from workbench.problems.denoising import (
     Point,
     SubVP,
     grid,
+    prior_std,
 )
 from workbench.problems.mixtures import Mixture, two_dim, two_modes
 from workbench.rng import Rng
@@ -161,7 +160,7 @@ def assert_ddpm(monkeypatch, solver, spacing, n_steps, prediction="eps", **knobs
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 def test_ancestral_vp_is_ddpm(monkeypatch, spacing, prediction):
     for n_steps in (1, 7, 50):
         # diffusers adds no noise after the table's first level, and does after any other
@@ -303,7 +302,7 @@ def test_models_of_every_schedule_and_prediction_serve_every_sde():
     """One law known by networks of five schedules: equal states, so noise levels are matched as they should be."""
     schedules = [ContinuousVP(), DiscreteSchedule.linear(), ContinuousVP(0.2, 15.0, 1e-4), SubVP(cleanest=0.02),
                  ContinuousVE(0.005, 200.0)]
-    kinds = [(s, p) for s in schedules for p in PREDICTIONS if p != "v" or not isinstance(s, SubVP | ContinuousVE)]
+    kinds = [(s, p) for s in schedules for p in VP_PREDICTIONS if p != "v" or not isinstance(s, SubVP | ContinuousVE)]
     problem = plane(*((f"{type(s).__name__}-{p}-{i}", s, p) for i, (s, p) in enumerate(kinds)), schedule=ContinuousVP())
     for sde in SDES:
         # levels that all of them cover, so that no path is cut
@@ -317,7 +316,7 @@ def test_models_of_every_schedule_and_prediction_serve_every_sde():
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 def test_no_level_lies_beyond_the_models_schedule():
-    short = DiscreteSchedule(cosine_schedule().alphas_cumprod[50:700])
+    short = DiscreteSchedule(DiscreteSchedule.cosine().alphas_cumprod[50:700])
     problem, asked = plane(("exact", short, "eps"), schedule=short), []
 
     def watch(name, network):
@@ -327,7 +326,7 @@ def test_no_level_lies_beyond_the_models_schedule():
         path = sde_path(problem.models[0], sde, 1e-5, 378.0)
         ends = [path.sde.at(t).log_snr for t in (path.first, path.last)]
         assert ends == pytest.approx([short.at(649).log_snr, short.at(0).log_snr])
-        assert prior_std(path) == pytest.approx(math.exp(-ends[0]) if sde == "ve" else 1.0)
+        assert prior_std(path.sde.at(path.first)) == pytest.approx(math.exp(-ends[0]) if sde == "ve" else 1.0)
         run("score_sde", problem.wrapped(watch), n_samples=1, sde=sde, t_end=1e-5, n_steps=9, sigma_max=378.0)
     assert min(asked) == pytest.approx(0, abs=1e-6) and max(asked) == pytest.approx(649, abs=1e-6)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import PLANE, cosine_schedule, plane
+from toys import PLANE, VP_PREDICTIONS, plane
 
 from workbench import inputs, run, timed, together
 from workbench.cost import Meter
@@ -22,7 +22,6 @@ from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
 from workbench.methods.denoising.solvers import SOLVERS
 from workbench.methods.denoising.t_stitch import full_fractions, step_counts
 from workbench.problems.denoising import (
-    PREDICTIONS,
     SPACINGS,
     ContinuousVP,
     Denoiser,
@@ -33,7 +32,7 @@ from workbench.problems.denoising import (
 from workbench.problems.mixtures import eight_modes, gaussian_mixture_denoiser, two_dim, two_modes
 from workbench.rng import Rng
 
-LINEAR, VP, COSINE = DiscreteSchedule.linear(), ContinuousVP(), cosine_schedule()
+LINEAR, VP, COSINE = DiscreteSchedule.linear(), ContinuousVP(), DiscreteSchedule.cosine()
 
 
 def answer(problem, method="t_stitch", n_samples=4, **knobs):
@@ -283,7 +282,7 @@ def test_three_models_on_the_simplex():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_prediction_types_can_be_mixed(solver):
-    mixed = plane(*((p, VP, p) for p in PREDICTIONS), schedule=VP)
+    mixed = plane(*((p, VP, p) for p in VP_PREDICTIONS), schedule=VP)
     stitched = answer(mixed, solver=solver, n_steps=12, fractions=(1 / 3, 1 / 3))
     alone = pure(plane(("eps", VP, "eps"), schedule=VP), solver, 12)
     torch.testing.assert_close(stitched, alone, rtol=1e-9, atol=1e-9)
@@ -365,7 +364,7 @@ def labelled(prediction="eps"):
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_guidance_is_the_same_whatever_the_prediction(guidance):
-    ways = [answer(labelled(p), n_steps=8, guidance=guidance, fractions=(0.5,)) for p in PREDICTIONS]
+    ways = [answer(labelled(p), n_steps=8, guidance=guidance, fractions=(0.5,)) for p in VP_PREDICTIONS]
     for way in ways[1:]:
         torch.testing.assert_close(way, ways[0], rtol=1e-9, atol=1e-9)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workbench.methods.denoising._march import Advance, Evaluated
-from workbench.problems.denoising import Point, Schedule
+from workbench.problems.denoising import Point, Schedule, with_signal
 
 
 class Linear(NamedTuple):
@@ -31,6 +31,8 @@ class Linear(NamedTuple):
     @property
     def weights(self) -> tuple[float, float, float]:
         """w0, w1, w2 by Taylor expansion: g phi_1, g phi_2, g phi_3 of g."""
+        if self.g == -math.inf:  # from alpha 0, where the estimate is all there is
+            return -1.0, 0.0, 0.0
         return self.g * phi(1, self.g), self.g * phi(2, self.g), self.g * phi(3, self.g)
 
 
@@ -65,21 +67,26 @@ def multistep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str 
 
     Differences come from former steps' estimates; of lower order while there are too few, in the last steps with
     lower_order_final, and into sigma 0, where the answer is the data estimate.
+    From alpha 0 the step on "x0" is DDIM's, its limit, and what was estimated there serves no later step, being
+    infinitely far; on "eps" there is none: raises ValueError.
     correction, at order 2: the weight of D' by the midpoint rule, or Taylor's. At order 3 all weights are Taylor's, but
     "midpoint" counts the second derivative half, as the authors' code and diffusers do, which makes the error small
     but of second order; "taylor" is of third order.
     Source: arXiv 2211.01095, algorithm 2 and its forms for noise estimates, order 3 and the reverse SDE.
     """
+    if prediction == "eps":
+        with_signal(step.schedule, step.here, "dpm_solver, prediction='eps'")
     now = estimated(step, x, step.here, quantile)
     if step.there.sigma == 0:
         return now.x0, now
     here, there = step.here, step.there
-    order = min(order, len(step.past) + 1, step.n_left if lower_order_final else order)
+    past = [p for p in step.past if p.point.alpha > 0]
+    order = min(order, len(past) + 1, step.n_left if lower_order_final else order)
     form = linear(here, there, prediction, stochastic)
     w0, w1, w2 = form.weights
-    levels = [here.log_snr, *(p.point.log_snr for p in step.past[: order - 1])]
+    levels = [here.log_snr, *(p.point.log_snr for p in past[: order - 1])]
     gaps = [(a - b) / (there.log_snr - here.log_snr) for a, b in pairwise(levels)]
-    values = [getattr(p, prediction) for p in (now, *step.past[: order - 1])]
+    values = [getattr(p, prediction) for p in (now, *past[: order - 1])]
     slopes = [(a - b) / gap for a, b, gap in zip(values[:-1], values[1:], gaps, strict=True)]
     total = w0 * values[0]
     if order == 2:
@@ -98,10 +105,11 @@ def singlestep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str
     """One singlestep update: x (B, *shape) at step.here -> x at step.there. `order` evaluations per row.
 
     Differences come from stages within the step, even in log-SNR or, with `between`, at the order - 1 levels that it
-    has for step.here. Into sigma 0 the answer is the data estimate, of 1 evaluation.
+    has for step.here. Into sigma 0 the answer is the data estimate, of 1 evaluation. Raises ValueError at alpha 0.
     correction: D' by the midpoint rule (at order 3: from the last stage alone) or by the full Taylor expansion.
     Sources: arXiv 2206.00927, algorithms 1 and 2; arXiv 2211.01095, algorithm 1.
     """
+    with_signal(step.schedule, step.here, "dpm_solver, scheme='singlestep'")
     now = estimated(step, x, step.here, quantile)
     here, there = step.here, step.there
     if there.sigma == 0:

@@ -42,9 +42,10 @@ def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequenc
           guidance: float, restarts: Collection[int] = (), **knobs: Any) -> Iterator[Step]:
     """Yield one Step per interval of `points`, step i by owners[i]; at steps in `restarts` the history is dropped.
 
+    Every sampler starts here, and so from the same law: `Denoising.start` at points[0].
     state: (n_samples, *shape). info: "i", "model", "x0" (the data estimate), "there" (the point reached).
     """
-    x = problem.start(rng)
+    x = problem.start(rng, points[0])
     labels = problem.labels(rng.n_samples)
     past: tuple[Evaluated, ...] = ()
 

@@ -28,6 +28,9 @@ Eta = Annotated[float, Knob(low=0.0, high=1.0, step=0.05,
 def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Evaluated]:
     """One DDIM step: x (B, *shape) at step.here -> x at step.there. 1 evaluation per row.
 
+    The fresh noise is eta times the standard deviation of q(x_there | x_here, x_0), for any alpha and sigma
+    sigma_there / sigma_here sqrt(sigma_here^2 - (alpha_here / alpha_there)^2 sigma_there^2); with eta 1 the step is
+    DDPM's ancestral one. On VP that is the paper's own, and of VE it is SMLD's (arXiv 2011.13456, appendix F).
     Source: arXiv 2010.02502, equation 12 with sigma_t of equation 16.
     """
     now = step.denoise(x, step.here)
@@ -36,17 +39,18 @@ def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Ev
         return x0, now
     if eta == 0:
         return torch.add(there.alpha * x0, eps, alpha=there.sigma), now
-    ratio = here.alpha / there.alpha
-    fresh = eta * there.sigma / here.sigma * math.sqrt(max(1 - ratio**2, 0.0))
+    kept = here.alpha / there.alpha * there.sigma  # of the noise in x, what x_there had: factors, against cancellation
+    fresh = eta * there.sigma / here.sigma * math.sqrt(max((here.sigma - kept) * (here.sigma + kept), 0.0))
     return there.alpha * x0 + math.sqrt(max(there.sigma**2 - fresh**2, 0.0)) * eps + fresh * step.noise(), now
 
 
-@method(version=1, source="DDIM, arXiv 2010.02502, eq. 12 and 16")
+@method(version=2, source="DDIM, arXiv 2010.02502, eq. 12 and 16")
 def ddim(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, guidance: Guidance = 1.0, spacing: Spacing = "trailing",
          eta: Eta = 0.0, model: Which = "best") -> Iterator[Step]:
     """Denoising diffusion implicit models: first order, deterministic at eta 0.
 
-    State (n_samples, *problem.shape). The last step goes to the data estimate (sigma 0).
+    State (n_samples, *problem.shape). The last step goes to the data estimate (sigma 0). Starts without signal too; on
+    a rectified flow it is Euler's method.
     Cost: ``n_steps * branches`` evaluations per sample, where branches is 2 with guidance and 1 without.
     Raises ValueError where n_steps exceeds the schedule's levels or guidance needs a null label that is not there.
     """

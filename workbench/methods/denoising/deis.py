@@ -17,7 +17,7 @@ from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
-from workbench.problems.denoising import FINALS, PHASES, Denoising, Point, Schedule, power_grid
+from workbench.problems.denoising import FINALS, PHASES, Denoising, Point, Schedule, noisiest, power_grid, with_signal
 from workbench.rng import Rng
 
 VARIANTS = ("tab", "rho_ab", "log_rho_ab", "ipndm", "rho_rk")
@@ -47,7 +47,9 @@ def coefficients(schedule: Schedule, variant: str, here: Point, there: Point, pa
     x_there = alpha_there / alpha_here x_here + sum_j C_j eps_j, where C_j is the integral of alpha_there times the
     Lagrange polynomial of point j over rho: a polynomial in the schedule's time t ("tab"), in rho ("rho_ab") or in
     log rho ("log_rho_ab", as diffusers' DEISMultistepScheduler). "ipndm" instead gives DDIM's coefficient times the
-    Adams-Bashforth weights of even steps. For every variant the sum over j is DDIM's coefficient.
+    Adams-Bashforth weights of even steps: of order degree + 1 on levels even in rho, where they are "rho_ab"'s, and of
+    order 2 on all others whatever the degree, for neighbouring steps differ there by a share of their length, and with
+    it the weight of the first difference is off. For every variant the sum over j is DDIM's coefficient.
     Gauss-Legendre quadrature in log rho with 64 points: to rounding where t is a smooth function of log rho, to about
     1e-6 for a table of noise levels. Source: arXiv 2204.13902, the coefficients C_ij of tAB-DEIS and rhoAB-DEIS.
     """
@@ -76,11 +78,12 @@ def deis_step(x: Tensor, step: Advance, *, variant: str = "tab", degree: int = 3
     Multistep variants take a polynomial of that degree, less while the history is shorter, for 1 evaluation per row;
     "rho_rk" takes the Runge-Kutta method of degree + 1 stages (Euler, `two_stage` "heun" or "midpoint", Kutta's
     third-order, the classical fourth-order) in rho, 1 evaluation per stage.
-    Into sigma 0 every variant goes to the data estimate (first order), for 1 evaluation.
+    Into sigma 0 every variant goes to the data estimate (first order), for 1 evaluation. Raises ValueError at alpha 0.
     Source: arXiv 2204.13902, tAB-DEIS, rhoAB-DEIS, rhoRK-DEIS and iPNDM.
     """
-    now = step.denoise(x, step.here)
     here, there = step.here, step.there
+    with_signal(step.schedule, here, f"deis, variant={variant!r}")
+    now = step.denoise(x, here)
     if there.sigma == 0:
         return now.x0, now
     if variant == "rho_rk":
@@ -113,14 +116,15 @@ def _runge_kutta(x: Tensor, now: Evaluated, step: Advance, name: str) -> Tensor:
     return moved(there, weights)
 
 
-@method(version=1, source="DEIS, arXiv 2204.13902, sec. 3 and app. H.3")
+@method(version=2, source="DEIS, arXiv 2204.13902, sec. 3 and app. H.3")
 def deis(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 10, guidance: Guidance = 1.0,
     variant: Annotated[str, Knob(choices=VARIANTS, help=(
         "multistep with the noise as a polynomial in t, rho or log rho, or with weights for even steps (ipndm); or "
         "Runge-Kutta in rho"))] = "tab",
     degree: Annotated[int, Knob(low=0, high=3, step=1, small=1, help=(
-        "degree of the polynomial, or stages less one (rho_rk): the order of accuracy less one; 0 is DDIM"))] = 3,
+        "degree of the polynomial, or stages less one (rho_rk): the order of accuracy less one, but of ipndm on uneven "
+        "steps at most 2; 0 is DDIM"))] = 3,
     two_stage: Annotated[str, Knob(choices=("heun", "midpoint"), needs={"variant": "rho_rk", "degree": 1},
                                    help="which Runge-Kutta method of two stages")] = "heun",
     # small: of few steps, those even in powers of t amplify the rounding of float32 networks most
@@ -140,8 +144,10 @@ def deis(
     noise of that level. Step i of a multistep variant has degree min(i, degree).
     Cost: ``nfe(n_steps, variant, degree, final) * branches`` evaluations per sample: n_steps for multistep variants,
     (degree + 1) * n_steps for "rho_rk"; a step into sigma 0 (final "zero", n_steps included) takes 1 in all of them.
-    branches is 2 with guidance and 1 without. Raises ValueError where guidance needs a null label that is not there.
+    branches is 2 with guidance and 1 without. Raises ValueError where guidance needs a null label that is not there, or
+    the schedule starts without signal.
     """
+    with_signal(problem.schedule, noisiest(problem.schedule), f"deis, variant={variant!r}")
     points = power_grid(problem.schedule, n_steps, phase, t_power if phase == "t" else rho_power, final)
     owner = problem.models[-1 if model == "best" else 0]
     yield from march(problem, rng, points, [owner] * n_steps, deis_step, guidance=guidance, variant=variant,

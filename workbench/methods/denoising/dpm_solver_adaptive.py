@@ -15,7 +15,7 @@ from workbench.method import Step, method
 from workbench.methods.denoising._dpm import combination, combined, stages
 from workbench.methods.denoising.ddim import Guidance, Which
 from workbench.methods.denoising.dpm_solver import Estimate, Final
-from workbench.problems.denoising import CLEAN, Denoising, Point, Schedule
+from workbench.problems.denoising import CLEAN, Denoising, Point, Schedule, noisiest, with_signal
 from workbench.rng import Rng
 
 H_INIT, THETA = 0.05, 0.9  # the first step in log-SNR, and the caution in choosing the next
@@ -52,7 +52,7 @@ def attempt(x: Tensor, start: Tensor, here: Sequence[Point], there: Sequence[Poi
             carried(x, values, here, there, shares, prediction, "midpoint"))
 
 
-@method(version=1, source="DPM-Solver-12 and -23, arXiv 2206.00927, app. C; DPM-Solver++, arXiv 2211.01095")
+@method(version=2, source="DPM-Solver-12 and -23, arXiv 2206.00927, app. C; DPM-Solver++, arXiv 2211.01095")
 def dpm_solver_adaptive(
     problem: Denoising, rng: Rng, *,
     n_steps: Annotated[int, Knob(low=1, high=1000, soft=(1, 200), step=1, unit="attempted steps", small=8, help=(
@@ -75,11 +75,12 @@ def dpm_solver_adaptive(
     Cost: at most ``nfe(n_steps, order) * branches`` evaluations per sample, where branches is 2 with guidance, else 1;
     `order` per attempt and 1 into sigma 0, the estimate at a step's start being kept where its attempt fails.
     info: as other samplers', "there" being the noisiest level among the samples.
-    Raises ValueError where guidance needs a null label that is not there.
+    Raises ValueError where guidance needs a null label that is not there, or the schedule starts without signal.
     """
     owner, schedule = problem.models[-1 if model == "best" else 0], problem.schedule
-    labels, x = problem.labels(rng.n_samples), problem.start(rng)
-    first, cleanest = (schedule.at(t) for t in (schedule.times(1, "trailing")[0], schedule.cleanest))
+    first, cleanest = noisiest(schedule), schedule.at(schedule.cleanest)
+    with_signal(schedule, first, "dpm_solver_adaptive")
+    labels, x = problem.labels(rng.n_samples), problem.start(rng, first)
     last = CLEAN if final == "zero" else cleanest
     here, h = [first] * len(x), [H_INIT] * len(x)
     before, x0, eps, stale = x, x, x, set(range(len(x)))  # x0 and eps are filled in the first round

@@ -17,7 +17,8 @@ from workbench.rng import Rng
 def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Evaluated]:
     """One 2M step: x (B, *shape) at step.here -> x at step.there. 1 evaluation per row.
 
-    First order (DDIM) without history, and into sigma 0, where the formula's limit is the data estimate itself.
+    First order (DDIM) without history, and into sigma 0, where the formula's limit is the data estimate itself. From
+    alpha 0 h is infinite: the step is DDIM's, and the next one of first order.
     Source: arXiv 2211.01095, algorithm 2.
     """
     now = step.denoise(x, step.here)
@@ -33,7 +34,7 @@ def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Evaluated]:
     return (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * towards, now
 
 
-@method(version=1, source="DPM-Solver++, arXiv 2211.01095, alg. 2")
+@method(version=2, source="DPM-Solver++, arXiv 2211.01095, alg. 2")
 def dpmpp_2m(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, guidance: Guidance = 1.0,
              spacing: Spacing = "trailing", model: Which = "best") -> Iterator[Step]:
     """DPM-Solver++(2M): second order from the current and the previous data estimate.

@@ -12,7 +12,7 @@ from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
-from workbench.problems.denoising import Denoising, noisiest, power_grid
+from workbench.problems.denoising import Denoising, noisiest, power_grid, with_signal
 from workbench.rng import Rng
 
 
@@ -24,9 +24,10 @@ def edm_step(x: Tensor, step: Advance, *, heun: bool = True, gamma: float = 0.0,
     s_noise scales that noise. Then Euler's method (which is DDIM) and Heun's correction of it, 2 evaluations per row;
     without heun, and into sigma 0, where Euler's step gives the data estimate, 1. The evaluation returned is the
     one at the raised level.
-    Source: arXiv 2206.00364, algorithm 2; the paper's sigma is rho here.
+    Raises ValueError at alpha 0. Source: arXiv 2206.00364, algorithm 2; the paper's sigma is rho here.
     """
     here, there = step.here, step.there
+    with_signal(step.schedule, here, "edm_heun")
     rho = math.exp(-here.log_snr)
     if gamma > 0 and s_tmin <= rho <= s_tmax:
         top = noisiest(step.schedule)
@@ -47,7 +48,7 @@ def edm_step(x: Tensor, step: Advance, *, heun: bool = True, gamma: float = 0.0,
     return ahead + (length / 2) * (now.eps + then.eps), now
 
 
-@method(version=1, source="EDM, arXiv 2206.00364, alg. 2 and eq. 5")
+@method(version=2, source="EDM, arXiv 2206.00364, alg. 2 and eq. 5")
 def edm_heun(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 18, guidance: Guidance = 1.0,
     heun: Annotated[bool, Knob(small=False, help=(
@@ -71,8 +72,9 @@ def edm_heun(
     (sigma 0) and is Euler's. Defaults of the churn are the paper's for its own ImageNet-64 model (table 5).
     Cost: ``(2 * n_steps - 1 if heun else n_steps) * branches`` evaluations per sample, where branches is 2 with
     guidance and 1 without.
-    Raises ValueError where guidance needs a null label that is not there.
+    Raises ValueError where guidance needs a null label that is not there, or the schedule starts without signal.
     """
+    with_signal(problem.schedule, noisiest(problem.schedule), "edm_heun")
     points = power_grid(problem.schedule, n_steps, "rho", rho_power)
     owner = problem.models[-1 if model == "best" else 0]
     gamma = min(s_churn / n_steps, math.sqrt(2) - 1) if stochastic else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -16,8 +16,8 @@ from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
-from workbench.methods.denoising.score_sde import End, Path, Sde, SdeName, SigmaMax, begun, prior_std, sde_path
-from workbench.problems.denoising import Denoiser, Denoising
+from workbench.methods.denoising.score_sde import End, Path, Sde, SdeName, SigmaMax, sde_path
+from workbench.problems.denoising import Denoiser, Denoising, prior_std
 from workbench.rng import Rng
 
 SOLVERS = {"euler": 1, "rk4": 4, "rk45": 0}  # evaluations per step; adaptive ones have none of their own
@@ -89,12 +89,12 @@ def flow_ode(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, sde: SdeName 
     path = sde_path(asked, sde, t_end, sigma_max)
     share = (path.last - path.first) / n_steps
     points = [path.sde.at(path.first + share * i) for i in range(n_steps)] + [path.sde.at(path.last)]
-    scaled = begun(problem, path.sde, lambda rng: prior_std(path) * problem.start(rng))
+    scaled = replace(problem, schedule=path.sde)
     if SOLVERS[solver]:
         yield from march(scaled, rng, points, [asked] * n_steps, flow_step, guidance=guidance, order=SOLVERS[solver])
         return
     solve = _Adaptive(asked, path.sde, problem.labels(rng.n_samples), guidance, tolerance)
-    x = scaled.start(rng)
+    x = scaled.start(rng, points[0])
     for i, (here, there) in enumerate(pairwise(points)):
         x, x0 = solve(x, here.t, there.t)
         yield Step(x, {"i": i, "model": asked.name, "x0": x0, "there": there})
@@ -168,7 +168,7 @@ def log_likelihood(problem: Denoising, x: Tensor, *, trace: str = "hutchinson", 
             probes = torch.where(probes < 0, -1.0, 1.0).to(problem.dtype)
     solve = _Adaptive(model, path.sde, labels, given.guidance, given.tolerance, has_trace=True, probes=probes)
     latent, _ = solve(x, path.last, path.first)
-    variance = prior_std(path) ** 2
+    variance = prior_std(path.sde.at(path.first)) ** 2
     rows = latent.double().flatten(1)
     prior = -0.5 * (rows.square().sum(1) / variance + size * math.log(2 * math.pi * variance))
     density = prior + torch.tensor(solve.divergence, dtype=torch.float64, device=prior.device)

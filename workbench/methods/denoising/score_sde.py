@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
@@ -94,11 +94,6 @@ def levels(path: Path, n_steps: int) -> list[Point]:
     return [*(path.sde.at(path.first + share * i) for i in range(n_steps)), CLEAN]
 
 
-def prior_std(path: Path) -> float:
-    """The standard deviation of the states that a trajectory starts from: the noisiest sigma for VE, else 1."""
-    return path.sde.at(path.first).sigma if isinstance(path.sde, ContinuousVE) else 1.0
-
-
 def pc_step(x: Tensor, step: Advance, *, predictor: str = "reverse_diffusion", n_corrections: int = 0,
             snr: float = 0.16, length: str = "norms", denoise: bool = True, condition: Condition | None = None
             ) -> tuple[Tensor, Evaluated]:
@@ -168,13 +163,15 @@ def pc_sample(problem: Denoising, rng: Rng, *, n_steps: int = 20, sde: str = "vp
     path = sde_path(model, sde, t_end, sigma_max)
     points = levels(path, n_steps)
 
+    scaled = replace(problem, schedule=path.sde)
+
     def begin(rng: Rng) -> Tensor:
-        x = prior_std(path) * problem.start(rng)
+        x = scaled.start(rng, points[0])
         if condition is None or condition.impose is None:
             return x
         return condition.impose(x, points[0], lambda: rng.normal(problem.shape, problem.dtype, problem.device))
 
-    yield from march(begun(problem, path.sde, begin), rng, points, [model] * n_steps, pc_step, guidance=guidance,
+    yield from march(begun(scaled, path.sde, begin), rng, points, [model] * n_steps, pc_step, guidance=guidance,
                      predictor=predictor, n_corrections=n_corrections, snr=snr, length=length, denoise=denoise,
                      condition=condition)
 
@@ -225,11 +222,11 @@ def score_sde(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, sde: SdeName
 
 @dataclass(frozen=True)
 class _Begun(Denoising):
-    """A problem with another start than standard normal noise."""
+    """A problem with another start than noise alone."""
 
     begin: Callable[[Rng], Tensor] | None = None
 
-    def start(self, rng: Rng) -> Tensor:
+    def start(self, rng: Rng, at: Point | None = None) -> Tensor:
         assert self.begin is not None
         return self.begin(rng)
 

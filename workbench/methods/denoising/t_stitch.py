@@ -11,7 +11,7 @@ from workbench.method import Step, method
 from workbench.methods.denoising._march import march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps
 from workbench.methods.denoising.solvers import MULTISTEP, SOLVERS, nfe  # noqa: F401 (nfe: in the cost formula)
-from workbench.problems.denoising import Denoising, Point, Schedule, grid, split_steps
+from workbench.problems.denoising import Denoising, Point, Schedule, grid, split_steps, with_signal
 from workbench.rng import Rng
 
 BOUNDARIES = ("step", "timestep", "log_snr")
@@ -39,6 +39,7 @@ def progress(points: Sequence[Point], schedule: Schedule, boundary: str) -> list
     """The share of the trajectory reached at the end of each step, (len(points) - 1,) rising to 1.
 
     boundary: measured by "step" number, by time ("timestep"), or by "log_snr" from the first level to the cleanest.
+    Raises ValueError for "log_snr" where the first level is without signal.
     """
     n_steps = len(points) - 1
     if boundary == "step":
@@ -47,6 +48,7 @@ def progress(points: Sequence[Point], schedule: Schedule, boundary: str) -> list
         first = schedule.progress(points[0].t)
         reached = [(schedule.progress(p.t) - first) / (1 - first) for p in points[1:-1]]
     else:
+        with_signal(schedule, points[0], "boundary='log_snr'")
         low, high = points[0].log_snr, schedule.at(schedule.cleanest).log_snr
         reached = [(p.log_snr - low) / (high - low) for p in points[1:-1]]
     return [*reached, 1.0]
@@ -68,7 +70,7 @@ def step_counts(fractions: Sequence[float], points: Sequence[Point], schedule: S
     return tuple(b - a for a, b in pairwise([0, *ends, len(reached)]))
 
 
-@method(version=1, source="T-Stitch, arXiv 2402.14167, sec. 3")
+@method(version=2, source="T-Stitch, arXiv 2402.14167, sec. 3")
 def t_stitch(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 20, fractions: Fractions = (0.4,), guidance: Guidance = 1.0,
     solver: Annotated[str, Knob(choices=tuple(SOLVERS), help="the sampler under the stitch")] = "ddim",

@@ -11,7 +11,7 @@ from workbench.method import Step, method
 from workbench.methods.denoising._march import Solver, march
 from workbench.methods.denoising.ddim import Guidance, ddim_step
 from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
-from workbench.problems.denoising import CLEAN, Denoising, Schedule
+from workbench.problems.denoising import CLEAN, Denoising, Schedule, with_signal
 from workbench.rng import Rng
 
 SOLVERS: dict[str, Solver] = {"ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}
@@ -40,9 +40,11 @@ def resampled(schedule: Schedule, times: Sequence[float], n_steps: int) -> list[
     """n_steps times along the list, its log-SNR between entries linear in their number; the list's first and last stay.
 
     So a list searched for one number of steps serves another one, as with Align Your Steps (arXiv 2404.14507).
+    Raises ValueError where it would have to be resampled and its first level is without signal.
     """
     if n_steps == len(times):
         return list(times)
+    with_signal(schedule, schedule.at(times[0]), f"n_steps={n_steps}, other than the {len(times)} timesteps given,")
     found = []
     for i in range(n_steps):
         place = i * (len(times) - 1) / max(n_steps - 1, 1)
@@ -55,7 +57,7 @@ def resampled(schedule: Schedule, times: Sequence[float], n_steps: int) -> list[
     return found
 
 
-@method(version=1, source="schedules as AutoDiffusion searches them, arXiv 2309.10438, sec. 3")
+@method(version=2, source="schedules as AutoDiffusion searches them, arXiv 2309.10438, sec. 3")
 def timesteps(
     problem: Denoising, rng: Rng, *,
     n_steps: Annotated[int, Knob(

@@ -16,7 +16,7 @@ from workbench.methods.denoising._dpm import linear, phi
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.methods.denoising.dpm_solver import Estimate, Final
-from workbench.problems.denoising import Denoising, Point, grid
+from workbench.problems.denoising import Denoising, Point, grid, with_signal
 from workbench.rng import Rng
 
 
@@ -63,21 +63,25 @@ def unipc_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str = "x
     The evaluation at the predicted state first corrects that state (UniC, with the order that predicted it), then
     serves the next prediction (UniP) as it is; Evaluated.x is the corrected state. The order is lower while there are
     too few former evaluations and, with lower_order_final, towards the end. Into sigma 0 the answer is the data
-    estimate, to which a correction would add nothing.
+    estimate, to which a correction would add nothing. From alpha 0 the step on "x0" is DDIM's, its limit, and what was
+    estimated there serves no later step, being infinitely far; on "eps" there is none: raises ValueError.
     Source: arXiv 2302.04867, algorithms 1 and 2.
     """
+    if prediction == "eps":
+        with_signal(step.schedule, step.here, "unipc, prediction='eps'")
     now = step.denoise(x, step.here)
     if step.there.sigma == 0:
         return now.x0, now
-    if corrector and step.past:
-        used = min(order, len(step.past), step.n_left + 1 if lower_order_final else order)
-        known = (*step.past[:used], now)
-        now = now._replace(x=advanced(step.past[0].x, known, step.here, prediction, variant))
-    used = min(order, len(step.past) + 1, step.n_left if lower_order_final else order)
-    return advanced(now.x, (now, *step.past[: used - 1]), step.there, prediction, variant), now
+    past = [p for p in step.past if p.point.alpha > 0]
+    if corrector and past:
+        used = min(order, len(past), step.n_left + 1 if lower_order_final else order)
+        known = (*past[:used], now)
+        now = now._replace(x=advanced(past[0].x, known, step.here, prediction, variant))
+    used = min(order, len(past) + 1, step.n_left if lower_order_final else order)
+    return advanced(now.x, (now, *past[: used - 1]), step.there, prediction, variant), now
 
 
-@method(version=1, source="UniPC, arXiv 2302.04867, alg. 1 and 2")
+@method(version=2, source="UniPC, arXiv 2302.04867, alg. 1 and 2")
 def unipc(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 20, guidance: Guidance = 1.0, spacing: Spacing = "trailing",
     order: Annotated[int, Knob(low=1, high=4, step=1, help=(
