@@ -243,6 +243,23 @@ def test_sana_steps_as_dpm_solver_does(order: int) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=2e4 * SINGLE * float(b.abs().max()))
 
 
+def test_noise_of_a_flow_begins_where_theirs_does() -> None:
+    """As image to image calls it, at the level of the timestep that it starts from."""
+    noise = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(0))
+    for name in ("sd3", "flux dev", "ltx"):
+        theirs = FlowMatchEulerDiscreteScheduler(**EULER_FLOWS[name])
+        ours = UnifiedSolverScheduler.from_config(theirs.config, preset="ddim")
+        found = []
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(sigmas=own_sigmas(8), mu=0.9)
+            t = scheduler.timesteps[3:4]
+            scheduler.set_begin_index(3)
+            x = scheduler.scale_noise(LATENTS, t, noise)
+            found.append((x, scheduler.step(x.roll(1), t[0], x).prev_sample))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=32 * SINGLE * float(b.abs().max()))
+
+
 def test_flux_gives_its_own_sigmas() -> None:
     """In the pipeline, whether or not the flow was said, and made from a config or not."""
     family = FAMILIES["flux"]

@@ -215,12 +215,17 @@ def rank_correlation(shuffle=lambda values: values):
     return kendalltau(ranking.scores(plans[400:]), values[400:]).statistic
 
 
+# Standard deviation of tau between 200 plans and an order that has nothing to do with them. Training is in single
+# precision and goes another way on another CPU; over seeds tau was .43 to .45, after shuffling -.05 to .08.
+NULL = math.sqrt(2 * (2 * 200 + 5) / (9 * 200 * 199))
+
+
 def test_the_ranking_orders_plans_that_it_never_saw():
-    assert rank_correlation() > 0.3
+    assert rank_correlation() > 6 * NULL
 
 
 def test_a_ranking_of_shuffled_labels_does_not():
-    assert abs(rank_correlation(lambda values: random.Random(0).sample(values, len(values)))) < 0.2
+    assert abs(rank_correlation(lambda values: random.Random(0).sample(values, len(values)))) < 4 * NULL
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -260,7 +265,7 @@ def test_what_is_found_beats_known_solvers_on_starts_it_never_saw(strategy):
     best = history.best_so_far()
     assert best == sorted(best, reverse=True)
     assert history.best.fitness <= min(FITNESS(SPACE.seeds())) and history.best.fitness < best[37]
-    plan, error = confirmed(history, HELD_OUT)[0]
+    plan, error = confirmed(history, HELD_OUT)[0]  # over three seeds of each, .29 to .42 of the best rival's
     assert plan.evaluations == 6 and error < 0.8 * min(rivals())
 
 
@@ -272,7 +277,7 @@ def test_tab2_of_the_comparison_is_the_published_one():
 
 
 def test_search_by_ranking_finds_more_than_chance_at_the_same_budget():
-    """Over seeds, by formula, so that many searches are cheap."""
+    """Over seeds, by formula, so that many searches are cheap. Over six: .10 to .20 against .31 to .42."""
     found = {s: [search(Cheap(), SPACE, n_candidates=120, strategy=s, seed=seed).best.fitness for seed in range(2)]
              for s in ("s3", "random")}
     assert max(found["s3"]) <= min(found["random"])

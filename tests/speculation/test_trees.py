@@ -621,7 +621,7 @@ def test_pooled_chains_exceed_what_single_positions_allow():
     one = chains_bound(lambda path: (target, draft), 1, 3)  # blocks at once may yield more than position by position
     assert one > optimal_tokens(chain(3), lambda n: optimal(target, draft, n).acceptance) + 0.01
     assert chains_bound(lambda path: (target, target), 2, 3) == pytest.approx(4) and chains_bound(None, 2, 0) == 1
-    with pytest.raises(ValueError, match=r"length=8: blocks of 30 tokens"):
+    with pytest.raises(ValueError, match=r"length=8: 30\^8 blocks"):
         chains_bound(lambda path: (np.full(30, 1 / 30),) * 2, 2, 8)
     with pytest.raises(ValueError, match="n_chains=0"):
         chains_bound(random_laws(2, 0), 0, 2)

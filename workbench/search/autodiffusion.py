@@ -26,7 +26,7 @@ from workbench.search._history import BudgetSpent, Entry, History, Score, key
 FITNESS = ("frechet_distance", "wasserstein_1", "energy_distance")  # the first of these that a problem judges
 STAGES = 5  # epochs of the first stage at most; also in how many equal rises the allowed share of skips reaches its top
 INITIAL_MUTATION = 0.1  # probability per timestep, for the mutants of the uniform sequence that the search starts from
-TRIES = 10  # per wanted child, before a generation does without it: others are duplicates
+TRIES = 10  # per wanted child, before a generation does without it: others are duplicates (theirs: no end to it)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Space:
         """A candidate by chance, each step with up to max_skips blocks skipped, as many steps as the budget allows.
 
         One step is drawn from the cleanest 1 / n_steps of the times: without one there, noise is left in the samples.
+        That is ours: the authors' code draws any timesteps.
         """
         counts = self._counts(source, max_skips)
         low = self.times[: math.ceil(len(self.times) / self.n_steps)]

@@ -7,7 +7,8 @@ All in float64 on the host.
 The optimum is the value of an optimal transport problem (arXiv 2310.15141). Its dual is a choice of a token set H:
     acceptance = 1 + min over H of [target(H) - Q(H)],   Q(H) = P(all n drafts lie in H),
 and for the draft laws here a minimiser is a prefix of the tokens sorted by draft / target, largest first
-(arXiv 2502.18779; for two drafts arXiv 2410.18234).
+(arXiv 2502.18779; for two drafts arXiv 2410.18234). It is the optimum of one position. What several positions at once
+can yield, as in blocks of drafts or pooled chains, is not the product of it: see `trees.chains_bound`.
 """
 
 from __future__ import annotations

@@ -194,11 +194,11 @@ def chains_bound(laws: Callable[[tuple[int, ...]], tuple[np.ndarray, np.ndarray]
     _at_least(length, 0, "length")
     bound, target, draft = 1.0, np.ones(1), np.ones(1)
     paths: list[tuple[int, ...]] = [()]
+    size = len(laws(())[0]) if length else 0
+    if size**length > MAX_BLOCKS:
+        raise ValueError(f"length={length}: {size}^{length} blocks, expected at most {MAX_BLOCKS} together")
     for _ in range(length):
         found = [laws(path) for path in paths]
-        size = len(found[0][0])
-        if len(paths) * size > MAX_BLOCKS:
-            raise ValueError(f"length={length}: blocks of {size} tokens are more than {MAX_BLOCKS}, expected fewer")
         target, draft = ((before[:, None] * np.array([pair[k] for pair in found])).ravel()
                          for k, before in enumerate((target, draft)))
         bound += optimal(target, draft, n_chains).acceptance
