@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from workbench.problems.decoding import Decoding
 from workbench.problems.denoising import Denoising, grid
 from workbench.quality import drift
 from workbench.rng import Rng
-from workbench.run import environment
+from workbench.run import JudgeError, environment
 from workbench.sweep import address
 
 HERE = Path(__file__).parent
@@ -423,7 +424,13 @@ class Explorer(Live):
         wanted = self.inputs
         run = self._known(wanted)
         if run is None:
-            run = self._run_with_previews(wanted, overtaken)
+            try:
+                run = self._run_with_previews(wanted, overtaken)
+            except JudgeError as error:  # the pictures are there: shown without scores, and the failure is said
+                self._publish("frame", self._frame(error.run))
+                with self._change:
+                    self.run = error.run
+                raise
         if self.inputs == wanted:  # also where something woke the worker without asking for other settings
             self._publish("frame", self._frame(run))
         with self._change:
@@ -888,13 +895,17 @@ class ExplorerWidget(anywidget.AnyWidget):
 
 
 def explorer(problem: Denoising | Decoding, methods: Sequence[str] | None = None, *, n_samples: int | None = None,
-             seed: int = 0, store: Store | None = None, **knobs: Any) -> Explorer:
+             seed: int = 0, store: Store | str | os.PathLike[str] | None = None, **knobs: Any) -> Explorer:
     """Explore methods on a problem: drag knobs and switch points, see samples, cost and quality live.
 
     methods: default t_stitch, ddim and dpmpp_2m, or all that decode. n_samples: default 16 pictures or 1 text. knobs:
-    starting values, for the methods that have them. store: where runs are looked up and kept.
-    Raises what `workbench.inputs` raises for settings that cannot be.
+    starting values, for the methods that have them. store: where runs are looked up and kept, or its folder.
+    Raises TypeError for no problem, and what `workbench.inputs` raises for settings that cannot be.
     """
+    if not isinstance(problem, Denoising | Decoding):
+        raise TypeError(f"problem={problem!r:.100}: expected a problem, such as workbench.problems.glyphs.glyphs()")
+    if store is not None and not isinstance(store, Store):
+        store = Store(store)
     if isinstance(problem, Decoding):
         from widgets.drafts import FAMILY as DRAFTING  # which is built on this module
         from widgets.drafts import drafts_explorer

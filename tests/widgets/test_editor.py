@@ -313,8 +313,13 @@ def test_an_error_is_shown_and_the_marks_live_on() -> None:
 def test_the_worker_ends_when_it_is_closed() -> None:
     e = schedule_editor(Toy().problem, n_steps=3)
     e.wait()
+    worker = e._worker
     e.sleep()
-    assert not e._worker.is_alive() and threading.current_thread().is_alive()
+    worker.join(10)
+    assert not worker.is_alive() and threading.current_thread().is_alive()
+    e.compare(seed=5)  # a touch wakes it
+    e.wait()
+    assert e._worker.is_alive() and e.setting.seed == 5
 
 
 def test_one_widget_serves_every_display_and_takes_wishes() -> None:
