@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -226,7 +227,7 @@ def test_guidance_as_an_input_is_no_guidance_of_the_run(text_pipeline: Any) -> N
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) == alike
     with pytest.raises(ValueError, match=r"guidance=3\.0: m1 has no null label"):
         wb.run("ddim", problem, guidance=3.0)
-    with pytest.raises(ValueError, match="guidance=3: m1 has its guidance embedded"):
+    with pytest.raises(ValueError, match=r"guidance=3\.0: m1 has its guidance embedded"):
         from_pipelines(pipe, conditions=["cat"], guidance=3)
 
 
@@ -359,6 +360,14 @@ def test_an_offloaded_pipeline_is_a_problem_too(text_pipeline: Any) -> None:
 def test_bad_arguments_are_named(arguments: dict[str, Any], words: str, text_pipeline: Any) -> None:
     with pytest.raises(ValueError, match=words):
         from_pipelines(text_pipeline(), **{"conditions": ["cat"], **arguments})
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    pipe = tiny.dit(0, 8)
+    ours = from_pipelines(pipe, conditions=np.arange(2), guidance_rescale=np.float32(0.5), guidance=np.float32(2),
+                          max_rows=np.int64(2), height=np.int64(16))
+    theirs = from_pipelines(pipe, conditions=[0, 1], guidance_rescale=0.5, guidance=2, max_rows=2, height=16)
+    assert ours.digest == theirs.digest
 
 
 def test_pipelines_that_do_not_fit_are_named(text_pipeline: Any) -> None:

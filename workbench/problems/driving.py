@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ def guidance_input(pipe: Any, given: float | None) -> float | None:
                              "input (guidance_embeds, time_cond_proj_dim): expected None; guidance is a knob of runs")
         return None
     value = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default if given is None else given
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"embedded_guidance={value!r}: expected a finite number")
     return float(value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -69,7 +70,11 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
     if len(set(names)) < len(names):
         raise ValueError(f"names={names}: expected names that differ")
     _check_numbers(guidance, guidance_rescale, max_rows)
-    host, asked = pipelines[-1], Asked(conditions, negative_prompt, height, width, embedded_guidance)
+    wanted: list[Any] = [int(c) if isinstance(c, Integral) and not isinstance(c, bool) else c for c in conditions]
+    height, width, max_rows = (int(v) if isinstance(v, Integral) and not isinstance(v, bool) else v
+                               for v in (height, width, max_rows))
+    guidance, guidance_rescale = None if guidance is None else float(guidance), float(guidance_rescale)
+    host, asked = pipelines[-1], Asked(wanted, negative_prompt, height, width, embedded_guidance)
     parts = [part_of(label, pipe, asked) for label, pipe in zip(names, pipelines, strict=True)]
     for label, pipe, part in zip(names, pipelines, parts, strict=True):
         if part.shape != parts[-1].shape:
@@ -103,7 +108,7 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
                     max_rows, embedded, judge, shape, schedule, device)
     texts = digest or digest_of(*pipelines)
     whole = digest_of_values(
-        texts, list(conditions), names, negative_prompt, guidance_rescale, shape, judge,
+        texts, wanted, names, negative_prompt, guidance_rescale, shape, judge,
         [guidance_input(p, embedded_guidance) for p in pipelines], [_levels(p) for p in pipelines],
         [_words(p, asked) for p in pipelines], [_configs(p, host) for p in pipelines])
     settings = [denoiser(p) for p in pipelines] + [getattr(host, "vae", None)]
@@ -183,7 +188,7 @@ def memory(problem: Denoising, n_samples: int = 1, guidance: float | None = None
     guidance: default the problem's preset; other than 1 it doubles the rows. Weights that two models share count once.
     Text encoders, which are done when the problem is made, are not counted. Raises ValueError for n_samples below 1.
     """
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+    if isinstance(n_samples, bool) or not isinstance(n_samples, Integral) or n_samples < 1:
         raise ValueError(f"n_samples={n_samples!r}: expected an integer of at least 1")
     seen: set[int] = set()
 
@@ -218,13 +223,13 @@ def _peak(device: torch.device, call: Callable[..., Tensor], *given: Any) -> int
 
 def _check_numbers(guidance: float | None, rescale: float, max_rows: int | None) -> None:
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
     if guidance is not None and not number(guidance):
         raise ValueError(f"guidance={guidance!r}: expected a finite number or None")
     if not number(rescale) or not 0 <= rescale <= 1:
         raise ValueError(f"guidance_rescale={rescale!r}: expected a number in [0, 1]")
-    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
+    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, Integral) or max_rows < 1):
         raise ValueError(f"max_rows={max_rows!r}: expected an integer of at least 1, or None for all at once")
 
 
