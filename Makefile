@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help lab install test lint types pytest unit numeric notebooks browser figures bench lock clean
+.PHONY: help lab app install test lint types pytest unit numeric notebooks browser figures bench lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | while IFS=$$'\t' read -r n t; do printf '  make %-10s %s\n' "$$n" "$$t"; done
@@ -61,6 +61,9 @@ lab: $(INSTALLED)  ## JupyterLab on the start notebook, on this machine only
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 STAGES := lint types unit numeric notebooks browser
+
+app: $(INSTALLED)  ## the explorer as a page of its own, on this machine only (PORT=...)
+	@exec "$(BIN)/python" -m widgets.app --port $(PORT) $(ARGS)
 
 test: $(INSTALLED)  ## everything CI runs: lint, types, unit and contract tests, notebooks, browser; all, whichever fails
 	@failed=; for stage in $(STAGES); do $(MAKE) --no-print-directory $$stage || failed="$$failed $$stage"; done; \

@@ -263,8 +263,9 @@ def acceptance_explorer(problem: Decoding | None = None, *, draft: str = "best",
             k = int(values["position"])
             return (warp(target_logits[k], values["temperature"]), warp(draft_logits[k], values["temperature"]))
 
-        lines = [*problem.source.splitlines(), "target, draft = (warp(x[{position}], {temperature}) for x in "
-                 f"problem.positions(problem.draft({draft!r}).name))"]
+        def laws_code(values: Values) -> list[str]:  # the problem's own lines may hold braces: they are no template
+            return [*problem.source.splitlines(), f"target, draft = (warp(x[{values['position']}], "
+                    f"{values['temperature']}) for x in problem.positions(problem.draft({draft!r}).name))"]
     else:
         sliders = [
             Slider("vocab_size", "vocabulary", SIZES, vocab_size, "tokens, on a logarithmic scale"), *common,
@@ -287,10 +288,11 @@ def acceptance_explorer(problem: Decoding | None = None, *, draft: str = "best",
         def made(values: Values) -> tuple[np.ndarray, np.ndarray]:
             return warped(int(values["seed"]), int(values["vocab_size"]), values["divergence"], values["temperature"])
 
-        lines = ["stream = np.random.default_rng({seed})",
-                 f"logits = {sharpness} * stream.standard_normal({{vocab_size}})",
-                 "other = logits + {divergence} * stream.standard_normal(len(logits))",
-                 "target, draft = warp(logits, {temperature}), warp(other, {temperature})"]
+        def laws_code(values: Values) -> list[str]:
+            return [f"stream = np.random.default_rng({values['seed']})",
+                    f"logits = {sharpness} * stream.standard_normal({values['vocab_size']})",
+                    f"other = logits + {values['divergence']} * stream.standard_normal(len(logits))",
+                    f"target, draft = warp(logits, {values['temperature']}), warp(other, {values['temperature']})"]
 
     def draw(values: Values, is_late: Stop) -> Iterator[Drawing]:
         begin = time.perf_counter()
@@ -298,8 +300,8 @@ def acceptance_explorer(problem: Decoding | None = None, *, draft: str = "best",
         target, given = (target if values.get("target") is None else np.array(values["target"]),
                          given if values.get("draft") is None else np.array(values["draft"]))
         dragged = values.get("target") is not None or values.get("draft") is not None
-        laws = [f"target, draft = np.array({target.tolist()}), np.array({given.tolist()})"] if dragged else [
-            line.format(**values) for line in lines]
+        laws = [f"target, draft = np.array({target.tolist()}), np.array({given.tolist()})"] if dragged else (
+            laws_code(values))
         code = "\n".join(["import numpy as np", "from workbench.speculation.acceptance import optimal",
                           "from workbench.speculation.drafting import warp",
                           "from workbench.speculation.rules import RULES", *laws,

@@ -1,7 +1,13 @@
-"""The explorer as a page of its own, on the embedded models: `panel serve widgets/app.py`."""
+"""The explorer as a page of its own, on the embedded models: `python -m widgets.app`, for this machine only.
+
+Everything is served from here: nothing is fetched from a network. A page's explorer is built once its browser has
+opened the page's connection, and goes when the page is closed.
+"""
 
 from __future__ import annotations
 
+import argparse
+import threading
 from typing import Any, ClassVar
 
 import panel as pn
@@ -9,6 +15,10 @@ import param
 
 from widgets.explorer import HERE, Explorer, explorer
 from workbench.problems.glyphs import glyphs
+
+MAX_PAGES = 8  # open at a time; each may take some hundred megabytes
+_open: set[Explorer] = set()
+_lock = threading.Lock()
 
 
 class ExplorerPane(pn.custom.AnyWidgetComponent):
@@ -38,5 +48,45 @@ class ExplorerPane(pn.custom.AnyWidgetComponent):
         return properties
 
 
-if pn.state.served:
-    ExplorerPane(explorer(glyphs()), sizing_mode="stretch_width", max_width=1280).servable(title="Sampling Workbench")
+def page() -> pn.Column:
+    """One page. Its explorer comes with the page's connection, so that what only fetches the address builds nothing."""
+    column = pn.Column(sizing_mode="stretch_width", max_width=1280)
+
+    def opened() -> None:
+        with _lock:
+            is_full = len(_open) >= MAX_PAGES
+        if is_full:
+            column.append(pn.pane.HTML(f"{MAX_PAGES} pages are open already, and no more are served at a time. "
+                                       "Close one and load this page again."))
+            return
+        made = explorer(glyphs())
+        with _lock:
+            _open.add(made)
+
+        def closed(_: Any) -> None:
+            with _lock:
+                _open.discard(made)
+            made.sleep()
+
+        pn.state.on_session_destroyed(closed)
+        column.append(ExplorerPane(made, sizing_mode="stretch_width", max_width=1280))
+
+    pn.state.onload(opened)
+    return column
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve the page until the process is ended. Connections from pages of other origins are refused."""
+    parser = argparse.ArgumentParser(prog="python -m widgets.app", description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, default=5006)
+    parser.add_argument("--address", default="127.0.0.1", help="another one lets other machines in, without a login")
+    parser.add_argument("--show", action="store_true", help="open a browser")
+    given = parser.parse_args(arguments)
+    hosts = {given.address, "127.0.0.1", "localhost"}
+    pn.serve({"app": page}, address=given.address, port=given.port, show=given.show, title="Sampling Workbench",
+             websocket_origin=[f"{host}:{given.port}" for host in sorted(hosts)], liveness=True,
+             unused_session_lifetime=5000, check_unused_sessions=2000)
+
+
+if __name__ == "__main__":
+    main()

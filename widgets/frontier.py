@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,13 +158,23 @@ def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_
 
 
 def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None) -> Figure:
-    """Write <folder>/<name>.png, .svg and .csv (nothing where folder is empty); returns the figure, to show it."""
+    """Write <folder>/<name>.png, .svg and .csv (nothing where folder is empty); returns the figure, to show it.
+
+    Each file is whole or as it was before. Raises ValueError where name is no plain file name.
+    """
+    if not re.fullmatch(r"[\w-][\w. -]*", name):
+        raise ValueError(f"name={name!r}: expected letters, digits, '-', '_', '.' or spaces: a file's name, no path")
     if folder:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / f"{name}.png").write_bytes(figure.render("png", dpi=200))
-        (target / f"{name}.svg").write_bytes(figure.render("svg"))
-        figure.frame.to_csv(target / f"{name}.csv", index=False)
+        for suffix, content in (("png", figure.render("png", dpi=200)), ("svg", figure.render("svg")),
+                                ("csv", figure.frame.to_csv(index=False).encode())):
+            part = target / f".{name}.{suffix}.{os.getpid()}.part"
+            try:
+                part.write_bytes(content)
+                os.replace(part, target / f"{name}.{suffix}")
+            finally:
+                part.unlink(missing_ok=True)
     return figure
 
 

@@ -199,8 +199,7 @@ def served() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["panel", "serve", str(ROOT / "widgets" / "app.py"), "--port", str(port), "--address", "127.0.0.1"]
-    server = subprocess.Popen([sys.executable, "-m", *command, "--liveness"], env=os.environ, cwd=ROOT)
+    server = subprocess.Popen([sys.executable, "-m", "widgets.app", "--port", str(port)], env=os.environ, cwd=ROOT)
     address = f"http://127.0.0.1:{port}/app"
     try:
         end = time.monotonic() + 120

@@ -68,8 +68,14 @@ class Decoding:
         return (*self.drafts, self.target)
 
     def draft(self, which: str) -> LanguageModel:
-        """The draft that a method's knob names: "best" is the largest, "cheapest" the smallest."""
-        return self.drafts[-1 if which == "best" else 0]
+        """The draft that a method's knob names: "best" is the largest, "cheapest" the smallest, else one by its name.
+
+        Raises ValueError for any other text.
+        """
+        names = {"cheapest": self.drafts[0], "best": self.drafts[-1], **{m.name: m for m in self.drafts}}
+        if which not in names:
+            raise ValueError(f"draft={which!r}: expected one of {', '.join(names)}")
+        return names[which]
 
     def labels(self, n: int) -> None:
         """Samples have no labels."""
