@@ -16,8 +16,8 @@ Source: USF, arXiv 2312.07243, section 3. Known differences from diffusers' own 
 - every step goes to the next timestep, where DDIM's scheduler subtracts a constant stride;
 - coefficients are computed in double precision and applied in the sample's (half is computed in single);
 - clip_sample is not looked at, as in diffusers' multistep schedulers, nor are LCM's and TCD's own times and noise;
-- a flow starts and ends at the sigmas themselves: one step with shift_terminal, nan in diffusers, is refused, and so
-  are timesteps for the sigmas "dpm" and "unipc", and use_dynamic_shifting without mu;
+- of a flow are refused: one step with shift_terminal (nan in diffusers), timesteps for the sigmas "dpm" and "unipc",
+  use_dynamic_shifting without mu, and a last sigma other than 0;
 - thresholding, learned variances, inverted sigmas, and sigmas by Lu are refused by name, and so are sigmas by
   exponential or beta outside of flows, and any config that does not say what the model predicts and on which levels:
   EDM, VE, consistency models, CogVideoX. A missing prediction_type is never taken for "epsilon".

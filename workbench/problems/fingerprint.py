@@ -22,6 +22,8 @@ _DEPTH = 12  # of objects within objects; deeper ones are told by their class al
 # Fields of torch modules and of what libraries hang on them that say where, when or from which file, not what.
 _ASIDE = frozenset((*vars(nn.Module()), "config", "_internal_dict", "generation_config", "peft_config", "hf_device_map",
                     "_hf_hook", "_old_forward", "_diffusers_hook", "_compiled_call_impl", "_loss_function"))
+# Their functions count by name: a text would make another digest of each release.
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "diffusers", "transformers", "accelerate", "peft"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -43,8 +45,8 @@ def digest_of_values(*values: Any, weights: bool = True) -> str:
     """16 hex digits of the SHA-256 of numbers, texts, containers, tensors, torch modules, functions and objects.
 
     Objects count by their class and fields; functions by their text, their defaults, what they close over and the
-    global names that they use, functions of the same package included, those of others by name. weights=False leaves
-    the values of modules' tensors out, but not their shapes and types.
+    global names that they use, functions of the same package included; those of libraries and of other packages by
+    name. weights=False leaves the values of modules' tensors out, but not their shapes and types.
     """
     return _Hash(weights).of(values).hex()[:16]
 
@@ -123,7 +125,7 @@ class _Hash:
     def function(self, function: Any) -> Iterator[str | bytes]:
         code = getattr(function, "__code__", None)
         yield _name(function)
-        if code is None:
+        if code is None or _package(function) in _LIBRARIES:
             return
         try:
             yield inspect.getsource(function)
