@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench import run
 from workbench.frontier import Point, paired
-from workbench.problems.decoding import markov
+from workbench.problems.decoding import Decoding, markov, total_variation
 from workbench.problems.mixtures import two_dim, two_modes
 from workbench.quality import (
     METRICS,
@@ -35,6 +35,7 @@ from workbench.quality import (
     ratio,
 )
 from workbench.run import Inputs, Run
+from workbench.speculation.engine import Ask
 from workbench.zoo import CLASSES, glyphs, load_classifier
 
 N_CLASSES = len(CLASSES)
@@ -242,11 +243,39 @@ def text_cases(runs: int = 6) -> list[Case]:
         x = level + torch.randn(900, generator=stream)
         return Drawn(900, clusters=torch.arange(45).repeat_interleave(20)).mean(x)
 
+    n_law = METRICS["total_variation"].min_n
+    chain, rows = _chain(problem)
+
+    def apart(miss: float) -> Callable[[torch.Generator], Quality]:
+        """Texts of a chain that takes, this often, any token with equal odds."""
+        law = (1 - miss) * rows + miss / len(rows)
+
+        def draw(stream: torch.Generator) -> Quality:
+            return total_variation(chain(law, n_law, 24, stream), rows)
+        return draw
+
     return [
+        Case("total_variation, of the law", n_law, apart(0.0), 0.0),
+        Case("total_variation, far from the law", n_law, apart(0.5)),
         Case("block_efficiency", n_yield, efficient, float(tokens.sum() / passes.sum())),
         Case("surprise", n_bits, surprised, float(bits.mean())),
         Case("mean over windows of 45 documents", 900, windows, 0.0),
     ]
+
+
+def _chain(problem: Decoding) -> tuple[Callable[[Tensor, int, int, torch.Generator], Tensor], Tensor]:
+    """(law, n, n_tokens, stream) -> answers (n, n_tokens, 2), a pass for each token; the problem's own law (V, V)."""
+    size = problem.target.vocab_size
+    states = list(range(size))
+    logits = problem.target.network(torch.tensor(states), Ask(None, [states], [[-1] * size], [states]))[0]
+
+    def written(law: Tensor, n: int, n_tokens: int, stream: torch.Generator) -> Tensor:
+        rows = [torch.zeros(n, dtype=torch.int64)]
+        for _ in range(n_tokens):
+            rows.append(law[rows[-1]].multinomial(1, generator=stream)[:, 0])
+        return torch.stack((torch.stack(rows[1:], 1), torch.arange(n_tokens).expand(n, -1)), -1)
+
+    return written, logits.softmax(1)
 
 
 def _bits(problem: object, answers: Tensor) -> Tensor:

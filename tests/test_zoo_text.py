@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_scores_are_of_these_weights() -> None:
         assert record["python"] in card and record["corpus_sha256"] in card and "PSF-2.0" in card
         assert f"{scores[size]['perplexity']:.1f} ± {scores[size]['perplexity_se']:.1f}" in card
         assert f"{scores[size]['bits_per_byte']:.3f} ± {scores[size]['bits_per_byte_se']:.3f}" in card
-        for name in [name for name in scores[size] if name.startswith("acceptance") and not name.endswith("_se")]:
+        for name in [f"acceptance_t{t}" for t in ("1", "0.6") if size != "target"]:
             assert f"{scores[size][name]:.3f} ± {scores[size][name + '_se']:.3f}" in card
     assert scores["target"]["perplexity"] < scores["small"]["perplexity"] < scores["tiny"]["perplexity"]
 
@@ -231,7 +232,8 @@ def test_the_recipe_runs_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatc
     from workbench.zoo import train_text
 
     whole = corpus("held_out")
-    little = {"train": [document[:3000] for document in whole[4:9]], "held_out": [whole[12][:3000]]}
+    little = {"train": [document[:3000] for document in whole[4:9]],
+              "held_out": [whole[12][:1500], whole[16][:1500], whole[22][:1500]]}
     monkeypatch.setattr(train_text, "corpus", little.__getitem__)
     for name, value in {"SHARDS": 2, "WINDOW": 64, "BATCH_TOKENS": 256, "CONTEXT": 128}.items():
         monkeypatch.setattr(train_text, name, value)
@@ -255,7 +257,32 @@ def test_the_recipe_runs_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatc
     assert scores["target"]["perplexity"] < scores["small"]["perplexity"]
     assert scores["target"]["weights"] != weights_digest("target")
     assert 0.3 < scores["tiny"]["acceptance_t1"] < 1
+    assert scores["held_out"]["documents"] == 3
+    for name in ("perplexity", "bits_per_byte", "acceptance_t0.6"):
+        low, value, high = (scores["small"][name + end] for end in ("_low", "", "_high"))
+        assert low < value < high and scores["small"][name + "_se"] > 0
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name.startswith(".")]
+
+
+def test_errors_are_those_of_documents() -> None:
+    """Documents differ by what they are: errors over their windows, taken for independent, are far too small."""
+    from workbench.zoo.train_text import figures, token_mean
+
+    stream = torch.Generator().manual_seed(0)
+    sizes = [128 * (1 + i % 7) for i in range(45)]
+    document = torch.arange(45).repeat_interleave(torch.tensor(sizes))
+    level = torch.randn(45, generator=stream, dtype=torch.float64)
+    nats = 3 + level[document] + torch.randn(len(document), generator=stream, dtype=torch.float64)
+    made = token_mean(nats, document)
+    share = torch.tensor(sizes, dtype=torch.float64) / len(document)
+    assert made.value == pytest.approx(nats.mean().item())
+    assert made.stderr == pytest.approx(share.square().sum().sqrt().item(), rel=0.3)  # of levels of deviation 1
+    windows = nats.view(-1, 128).mean(1)
+    assert (windows.std() / len(windows) ** 0.5).item() < 0.6 * made.stderr  # the broken twin
+    assert made.df < 44  # some documents are long: fewer units than documents make the error
+    scaled = figures("perplexity", made, math.exp)
+    assert scaled["perplexity_se"] == pytest.approx(math.exp(made.value) * made.stderr, rel=1e-6)
+    assert scaled["perplexity_low"] == math.exp(made.low) and scaled["perplexity_high"] == math.exp(made.high)
 
 
 def test_updates_are_made_orthogonal() -> None:

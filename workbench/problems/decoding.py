@@ -133,7 +133,8 @@ def markov(vocab_size: int = 8, divergence: float = 1.0, sharpness: float = 1.5,
     Target logits are sharpness x standard normal; a draft's are the target's with noise of deviation `divergence`
     (the larger draft) or twice that (the smaller). The smaller costs 1 / 40, the larger 1 / 8 of the target's FLOPs,
     by decree. Judged by the surprise of what is written and by its law: the total variation distance between pairs of
-    neighbouring tokens and their exact law. Raises ValueError for fewer than 2 tokens, or negative divergence.
+    neighbouring tokens and the chain's own (`total_variation`), from 4 samples on. Both take the target's law at
+    temperature 1 for the truth. Raises ValueError for fewer than 2 tokens, or negative divergence.
     """
     if vocab_size != int(vocab_size) or vocab_size < 2:
         raise ValueError(f"vocab_size={vocab_size!r}: expected a whole number of at least 2")
@@ -171,8 +172,9 @@ def _tabled(name: str, tables: Mapping[str, Tensor], digest: str, source: str) -
     probs = torch.softmax(tables["target"], dim=1)
 
     def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
-        return {**efficiency(answer), "surprise": surprise(answer, lambda rows: [
+        figures = {**efficiency(answer), "surprise": surprise(answer, lambda rows: [
             probs[[FIRST, *row[:-1]], row].log() for row in rows])}
+        return figures | ({"total_variation": total_variation(answer, probs)} if len(answer) >= 4 else {})
 
     @cache
     def positions(draft: str) -> tuple[Tensor, Tensor]:
@@ -208,6 +210,39 @@ def surprise(answer: Tensor, log_probs: Callable[[list[list[int]]], Sequence[Ten
     rows = [[int(token) for token in row if token >= 0] for row in answer[..., 0]]
     bits = torch.tensor([-float(nats.double().mean()) / math.log(2) for nats in log_probs(rows)], dtype=torch.float64)
     return (drawn or Drawn(len(bits))).mean(bits)
+
+
+def total_variation(answer: Tensor, law: Tensor, first: int = FIRST) -> Quality:
+    """The distance of neighbouring tokens' law from a Markov chain's, of answers (n, n_tokens, 2) that follow `first`.
+
+    The half sum over pairs (a, b) of |P(a, b) - P(a) law[a, b]|, with P the law of what is written and law (V, V) the
+    exact next-token laws: 0 only where every next token is drawn as the chain draws it. The empirical law is far from
+    even its own at small n, so one half of the samples picks the sign of every pair, the other is summed with these
+    signs, and the other way round: 0 on average, by chance below, where the law is exact, else at most the distance,
+    which it nears as n grows. The interval is of the figure's mean at this n. Samples are the independent units,
+    whatever their length; the two sums share their noise, so the error is that of one, not less.
+    Raises ValueError for fewer than 4 samples, or a law that is not square.
+    """
+    if len(answer) < 4 or law.ndim != 2 or law.shape[0] != law.shape[1]:
+        raise ValueError(f"answers of {len(answer)} samples, law of shape {tuple(law.shape)}: "
+                         "expected at least 4, (V, V)")
+    tokens = answer[..., 0].long()
+    before = torch.cat((torch.full_like(tokens[:, :1], first), tokens[:, :-1]), 1)
+    law, size = law.double(), len(law)
+
+    def told(picking: slice, telling: slice) -> Quality:
+        pairs = (before * size + tokens)[picking][tokens[picking] >= 0]
+        counts = pairs.bincount(minlength=size * size).double().view(size, size)
+        signs = (counts - counts.sum(1, keepdim=True) * law).sign()
+        gains = signs - (signs * law).sum(1, keepdim=True)  # of a pair, less what the chain's own next token brings
+        is_written = tokens[telling] >= 0
+        gain = gains[before[telling].clamp(min=0), tokens[telling].clamp(min=0)] * is_written
+        return ratio(gain.sum(1) / 2, is_written.sum(1), Drawn(len(gain)))
+
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    one, other = told(even, odd), told(odd, even)
+    return Quality((one.value + other.value) / 2, math.hypot(one.stderr, other.stderr) / math.sqrt(2), len(answer),
+                   df=one.df + other.df)
 
 
 def follow(model: LanguageModel, rows: Sequence[Sequence[int]], first: int = 1) -> Tensor:

@@ -48,6 +48,9 @@ METRICS = {
         Metric("surprise", "surprise under the target", "bits per token", False, 6,
                "what the target thinks of what was written; a lossless method has that of plain decoding, less is no "
                "better"),
+        Metric("total_variation", "distance from the exact law", "total variation", False, 12,
+               "between pairs of neighbouring tokens and the chain's own: 0 on average where they are drawn exactly, "
+               "by chance below"),
         Metric("nearest_training", "distance to the nearest training sample", "RMS pixel", True, 72,
                "0 where samples are copies of training data; what held-out data has is the mark, more is no better"),
     )

@@ -138,7 +138,7 @@ class Drawn:
         """The mean of x (n,) over the law, with the error that the design gives it.
 
         Stratified: var = sum_c p_c^2 s_c^2 / n_c, Satterthwaite's degrees of freedom. Clustered: a ratio of sums over
-        clusters, error by the delta method with clusters - 1 degrees of freedom.
+        clusters; see `ratio`.
         """
         x = x.double().cpu()
         if self.clusters is not None:
@@ -174,7 +174,11 @@ class Drawn:
 
 
 def ratio(numerators: Tensor, denominators: Tensor, drawn: Drawn) -> Quality:
-    """Sum of numerators (n,) over sum of denominators (n,); error by the delta method over independent units."""
+    """Sum of numerators (n,) over sum of denominators (n,); error by the delta method over independent units.
+
+    Degrees of freedom: units - 1 where all weigh alike, fewer where a few large ones make most of the error
+    (Satterthwaite's, of units whose residuals grow with their denominators).
+    """
     top, bottom = numerators.double().cpu(), denominators.double().cpu()
     if drawn.clusters is not None:
         unit = drawn.clusters.cpu().unique(return_inverse=True)[1]
@@ -184,7 +188,8 @@ def ratio(numerators: Tensor, denominators: Tensor, drawn: Drawn) -> Quality:
     if n < 2:
         return Quality(value, math.nan, drawn.n)
     spread = float((top - value * bottom).std() / bottom.mean()) / math.sqrt(n)
-    return Quality(value, spread, drawn.n, df=n - 1.0)
+    squares = bottom.square()
+    return Quality(value, spread, drawn.n, df=float(squares.sum() ** 2 / squares.square().sum()) - 1)
 
 
 def transformed(figure: Quality, scale: Callable[[float], float]) -> Quality:

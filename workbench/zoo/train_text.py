@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workbench.quality import Drawn, Quality
 from workbench.zoo import LANGUAGE_SIZES, WEIGHTS, folder_digest
 from workbench.zoo.text import CONTEXT, END, corpus, encoder
 from workbench.zoo.train import DEVICE, Report, Shadow, replace_folder
@@ -343,59 +344,79 @@ def target_shards(tokens: Tensor, out: Path, work: Path, first: int = 0) -> Call
 def score(out: Path) -> dict[str, Any]:
     """Score all three on the held-out text, in windows of `WINDOW` tokens, and write `out`/docs-scores.json.
 
-    Per model: nats and bits over the text, perplexity, parameters, bytes of weights, milliseconds per pass. Per draft
-    and temperature: the acceptance, sum of min(target_probs, draft_probs), averaged over the same positions. Standard
-    errors are over the windows, since the tokens of one are not independent.
+    Per model: bits over the text, perplexity, parameters, bytes of weights, milliseconds per pass. Per draft and
+    temperature: the acceptance, sum of min(target_probs, draft_probs), averaged over the same positions. Every figure
+    has its standard error (_se) and its interval (_low, _high; see `figures`).
     """
-    tokens = stream("held_out", out)
-    windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+    encode = encoder(out / "docs-target")
+    texts = [torch.tensor(encode(text)) for text in corpus("held_out")]
+    whole = sum(map(len, texts)) // WINDOW * WINDOW
+    windows = torch.cat(texts)[:whole].view(-1, WINDOW)
+    document = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(text) for text in texts]))
+    document = document[:whole].view(-1, WINDOW)[:, 1:].flatten()
     models = {size: load(size, out) for size in LANGUAGE_SIZES}
-    nats: dict[str, list[float]] = {size: [] for size in LANGUAGE_SIZES}
-    accepted: dict[tuple[str, float], list[float]] = {
+    nats: dict[str, list[Tensor]] = {size: [] for size in LANGUAGE_SIZES}
+    accepted: dict[tuple[str, float], list[Tensor]] = {
         (size, temperature): [] for size in LANGUAGE_SIZES[1:] for temperature in (1.0, 0.6)
     }
     for window in windows.to(DEVICE):
         logits = {size: model(input_ids=window[None]).logits[0, :-1].double() for size, model in models.items()}
         for size, values in logits.items():
-            nats[size].append(F.cross_entropy(values, window[1:]).item())
-        for (size, temperature), values in accepted.items():
+            nats[size].append(F.cross_entropy(values, window[1:], reduction="none").cpu())
+        for (size, temperature), kept in accepted.items():
             target_probs, draft_probs = ((logits[which] / temperature).softmax(dim=-1) for which in ("target", size))
-            values.append(torch.minimum(target_probs, draft_probs).sum(dim=-1).mean().item())
-    bytes_per_token = sum(len(text.encode()) for text in corpus("held_out")) / len(tokens)
-    n = windows[:, 1:].numel()
-
-    def mean(values: list[float]) -> tuple[float, float]:
-        column = torch.tensor(values, dtype=torch.float64)
-        return column.mean().item(), (column.std() / len(column) ** 0.5).item()
-
+            kept.append(torch.minimum(target_probs, draft_probs).sum(dim=-1).cpu())
+    bytes_per_token = sum(len(text.encode()) for text in corpus("held_out")) / sum(map(len, texts))
     scores: dict[str, Any] = {
         "python": platform.python_version(),
         "corpus_sha256": corpus_digest(),
-        "held_out": {"documents": len(corpus("held_out")), "tokens": n, "windows": len(windows)},
+        "held_out": {
+            "documents": int(document.max()) + 1,
+            "tokens": len(document),
+            "windows": len(windows),
+        },
         "bytes_per_token": bytes_per_token,
     }
     times = pass_times(models)
     for size, model in models.items():
-        value, error = mean(nats[size])
+        mean = token_mean(torch.cat(nats[size]), document)
         weights = out / f"docs-{size}" / "model.safetensors"
         scores[size] = {
-            "perplexity": math.exp(value),
-            "perplexity_se": math.exp(value) * error,
-            "bits_per_byte": value / math.log(2) / bytes_per_token,
-            "bits_per_byte_se": error / math.log(2) / bytes_per_token,
+            **figures("perplexity", mean, math.exp),
+            **figures("bits_per_byte", mean, lambda nat: nat / math.log(2) / bytes_per_token),
             "parameters": model.num_parameters(),
             "weight_bytes": weights.stat().st_size,
             "weights": folder_digest(weights.parent),
             "pass_milliseconds": times[size],
         }
-    for (size, temperature), values in accepted.items():
-        value, error = mean(values)
-        scores[size] |= {f"acceptance_t{temperature:g}": value, f"acceptance_t{temperature:g}_se": error}
+    for (size, temperature), kept in accepted.items():
+        mean = token_mean(torch.cat(kept), document)
+        scores[size] |= figures(f"acceptance_t{temperature:g}", mean, lambda share: share)
     part = out / f".docs-scores.{os.getpid()}"
     part.write_text(json.dumps(scores, indent=2) + "\n")
     os.replace(part, out / "docs-scores.json")
     print(json.dumps(scores, indent=2), flush=True)
     return scores
+
+
+def token_mean(values: Tensor, document: Tensor) -> Quality:
+    """The mean of values over tokens (n,), with the error that the documents (n,) which they stand in give it.
+
+    The tokens of one document, and so its windows, are hard or easy together: documents are the independent units.
+    """
+    return Drawn(len(values), clusters=document).mean(values)
+
+
+def figures(name: str, mean: Quality, scale: Callable[[float], float]) -> dict[str, float]:
+    """A mean on another scale: {name, name_se, name_low, name_high}, the error by the delta method, 95 % interval."""
+    step = 1e-6
+    slope = (scale(mean.value + step) - scale(mean.value - step)) / (2 * step)
+    return {
+        name: scale(mean.value),
+        f"{name}_se": slope * mean.stderr,
+        f"{name}_low": scale(mean.low),
+        f"{name}_high": scale(mean.high),
+    }
 
 
 @torch.inference_mode()

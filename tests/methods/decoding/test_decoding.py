@@ -12,7 +12,8 @@ import torch
 from scipy.stats import chisquare
 
 from workbench import METHODS, run
-from workbench.problems.decoding import FIRST, Decoding, markov, random_pair, rank_acceptance
+from workbench.problems.decoding import FIRST, Decoding, markov, random_pair, rank_acceptance, total_variation
+from workbench.quality import METRICS, Quality
 from workbench.rng import Rng
 from workbench.speculation import engine
 from workbench.speculation.acceptance import block_efficiency, optimal
@@ -208,6 +209,47 @@ def test_tokens_tell_their_pass():
     assert (passes[:, 0] == 0).all() and ((steps == 0) | (steps == 1)).all()
     per_pass = torch.stack([row.bincount(minlength=int(passes.max()) + 1) for row in passes])
     assert per_pass.max() <= 5 and made.cost.calls["target"] == int(passes.max()) + 1
+
+
+def test_total_variation_of_a_law_known_in_closed_form():
+    """Written by another chain: half sum of |P(a) (law - other)[a, b]|, by both chains' tables, at any length."""
+    problem, n = markov(3), 4000
+    law = torch.tensor(table(problem))
+    other = law.roll(1, 0)  # the laws after another token than the last
+    stream = torch.Generator().manual_seed(0)
+    rows, start, expected = [torch.full((n,), FIRST)], torch.eye(3, dtype=torch.float64)[FIRST], 0.0
+    for _ in range(5):
+        rows.append(other[rows[-1]].multinomial(1, generator=stream)[:, 0])
+        expected = expected + start[:, None] * (other - law) / 5
+        start = start @ other
+    answer = torch.stack((torch.stack(rows[1:], 1), torch.arange(5).expand(n, -1)), -1)
+    made = total_variation(answer, law)
+    assert abs(made.value - float(expected.abs().sum() / 2)) < 4 * made.stderr < 0.1
+    right = total_variation(answer, other)
+    assert abs(right.value) < 4 * right.stderr
+    # sequences that end early are of the same law: what their end leaves out is no part of it
+    ended = answer.clone()
+    ended[torch.cat((torch.zeros(n, 1), (answer[..., 0] == 2).cumsum(1)[:, :-1]), 1) > 0] = -1
+    assert (ended < 0).any() and abs(total_variation(ended, other).value) < 4 * total_variation(ended, other).stderr
+    for few, shape in ((answer[:3], law), (answer, law[:2])):
+        with pytest.raises(ValueError, match=r"expected at least 4, \(V, V\)"):
+            total_variation(few, shape)
+
+
+def test_chains_are_judged_by_their_law(three, monkeypatch):
+    """Exact methods are not told from the chain; another temperature and a broken engine are."""
+    def figure(n: int = 400, **knobs: object) -> Quality:
+        return run("speculative", three, 3, n, n_tokens=12, **knobs).quality["total_variation"]
+
+    exact = figure()
+    assert exact.low < 0 < exact.high and exact.stderr < 0.02 and exact.n == 400
+    assert figure(temperature=0.5).low > 0.05  # truth is the law at temperature 1
+    assert "total_variation" not in run("speculative", three, 3, 3, n_tokens=12).quality
+    assert METRICS["total_variation"].min_n >= 4
+    walk = engine._walk
+    monkeypatch.setattr(engine, "_walk", lambda tree, laws, rule, uniform: walk(
+        tree, np.concatenate([laws[:1], laws[:-1]]), rule, uniform))
+    assert figure().low > 0  # the broken twin: laws of a token before
 
 
 def test_a_sequence_ends_at_its_end_token():
