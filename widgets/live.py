@@ -167,7 +167,7 @@ class Live:
 
     def _turn(self) -> float:
         """Do the next piece of work; the seconds to rest before the next turn, 0 for none."""
-        raise NotImplementedError
+        return 5.0
 
     def _release(self) -> None:
         """Let go of what can be computed again."""
