@@ -293,7 +293,7 @@ def test_memory_of_all_models_together(text_pair: list[Any]) -> None:
 
 def judged(answer: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Any]:
     """For `test_copied_code_keeps_what_was_asked`: found by an import."""
-    return {"mean": float(answer.mean()), "labels": labels}
+    return {"drift": float(answer.mean()), "labels": labels}
 
 
 def test_copied_code_keeps_what_was_asked(text_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -169,6 +169,9 @@ def energy_distance(samples: Tensor, reference: Tensor, drawn: Drawn | None = No
     is: the error is that of the samples.
     """
     x, y = samples.double().flatten(1), reference.double().flatten(1)
+    if len(x) == 1:  # no two samples to compare with each other: no error, and half of the distance is unknown
+        yy = torch.cdist(y, y).sum() / (len(y) * (len(y) - 1))
+        return Quality(_root(float(2 * torch.cdist(x, y).mean() - yy)), math.nan, 1)
     return transformed(_discrepancy(x, y, lambda a, b: -torch.cdist(a, b), drawn, None), _root)
 
 
