@@ -417,7 +417,7 @@ class ScheduleEditor(Live):
         with self._change:
             self._generation += 1
             self._error, self._status = None, ""
-            self._change.notify_all()
+            self._change.ring()
         if self.is_headless:
             while task := self._task():
                 task(lambda: False)

@@ -369,7 +369,7 @@ class Explorer(Live):
             self._error, self._is_idle, self._status = None, False, ""
             self._touched = time.monotonic() if quiet else 0.0
             Explorer._latest = self
-            self._change.notify_all()
+            self._change.ring()
         if self.is_headless:
             self._show(lambda: False)
             self._publish_frontier()

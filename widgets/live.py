@@ -86,7 +86,7 @@ class Guard:
     def __init__(self, outbox: Outbox) -> None:
         self._condition = threading.Condition(threading.RLock())
         self._outbox, self._owner, self._depth = outbox, 0, 0
-        self.rung = 0  # how often notify_all was called
+        self.rung = 0  # how often the worker was called
 
     @property
     def is_mine(self) -> bool:
@@ -108,6 +108,11 @@ class Guard:
             self._outbox.send()
 
     def notify_all(self) -> None:
+        """Something is done: for those in `wait_for`. A worker that rests goes on resting."""
+        self._condition.notify_all()
+
+    def ring(self) -> None:
+        """Something is to be done: the worker rests no longer."""
         self.rung += 1
         self._condition.notify_all()
 
@@ -201,7 +206,7 @@ class Live:
             self._is_closed = True
             self._generation += 1
             self._release()
-            self._change.notify_all()
+            self._change.ring()
 
 
 def _attend(ref: weakref.ref[Live], change: Guard) -> None:
