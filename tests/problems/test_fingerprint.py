@@ -152,7 +152,7 @@ def test_digest_of_pipelines() -> None:
 
 
 def _judge(answer: torch.Tensor, labels: Any) -> dict[str, Quality]:
-    return {"mean": Quality(float(answer.mean()), 0.0, 1)}
+    return {"drift": Quality(float(answer.mean()), 0.0, 1)}
 
 
 def _changed(pipe: Any, change: Callable[[Any], Any]) -> Any:

@@ -24,6 +24,7 @@ from integrations import tiny_pipelines as tiny
 import workbench as wb
 from workbench.problems.driving import pack, unpack
 from workbench.problems.pipelines import from_pipelines, memory
+from workbench.quality import Quality
 from workbench.rng import Rng
 
 
@@ -291,9 +292,10 @@ def test_memory_of_all_models_together(text_pair: list[Any]) -> None:
         memory(problem, 0)
 
 
-def judged(answer: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Any]:
+def judged(answer: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Quality]:
     """For `test_copied_code_keeps_what_was_asked`: found by an import."""
-    return {"drift": float(answer.mean()), "labels": labels}
+    print(f"labels {labels}")
+    return {"drift": Quality(float(answer.mean()), 0.0, len(answer))}
 
 
 def test_copied_code_keeps_what_was_asked(text_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -314,8 +316,9 @@ def test_copied_code_keeps_what_was_asked(text_pipeline: Any, tmp_path: Path, mo
     scope: dict[str, Any] = {}
     exec(source, scope)
     assert scope["problem"].digest == problem.digest
+    capsys.readouterr()
     exec(script, scope)
-    assert "'labels': tensor([0, 1, 0])" in capsys.readouterr().out and (tmp_path / "pictures.png").is_file()
+    assert "labels tensor([0, 1, 0])" in capsys.readouterr().out and (tmp_path / "pictures.png").is_file()
     assert scope["images"].shape == (3, 32, 32, 3)
     # steps round to bfloat16 in the pipeline (2^-8 of numbers up to about 4, each guided by 4), not in the workbench
     assert (scope["latents"].float() - run.answer).abs().mean() < 0.1 < (run.answer - run.answer.flip(0)).abs().mean()

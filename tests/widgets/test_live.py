@@ -168,6 +168,43 @@ def test_a_link_cannot_take_the_memory():
     assert "expected at most" in panel.view["notice"]
 
 
+def test_what_is_done_wakes_those_who_wait_and_not_the_worker():
+    """A worker that its own news woke would take turn after turn, and a panel at rest a whole core."""
+    guard, woken = Guard(Outbox({})), threading.Event()
+
+    def resting(rung: int) -> None:
+        guard.rest(rung, 60)
+        woken.set()
+
+    worker = threading.Thread(target=resting, args=(guard.rung,), daemon=True)
+    worker.start()
+    for _ in range(20):
+        with guard:
+            guard.notify_all()
+        assert not woken.wait(0.01)
+    with guard:
+        guard.ring()
+    assert woken.wait(60)
+    guard.rest(guard.rung - 1, 60)  # rung before it rests: at once
+
+
+@pytest.mark.parametrize("name", ["explorer", "editor"])
+def test_a_panel_at_rest_takes_no_turns(name, monkeypatch):
+    panel, turns = PANELS[name](), []
+    panel.wait()
+    turn = type(panel)._turn
+
+    def counted(self: Any) -> float:
+        turns.append(rest := turn(self))
+        return rest
+
+    monkeypatch.setattr(type(panel), "_turn", counted)
+    while not turns or turns[-1] < 5:  # until there is nothing left to do
+        assert not threading.Event().wait(0.05)
+    turns.clear()
+    assert not threading.Event().wait(1.0) and len(turns) <= 1
+
+
 def test_old_panels_sleep_and_those_that_nobody_holds_are_let_go():
     panels = [PANELS["explorer"]() for _ in range(MAX_AWAKE + 3)]
     for panel in panels:
