@@ -193,10 +193,12 @@ def _log_axis(axis: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """1, 2 and 5 of each power of ten between low and high; of many powers only the 1."""
+    """1, 2 and 5 of each power of ten between low and high; of many powers only the 1, where few lie inside more."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    firsts = (1, 2, 5) if len(exponents) < 5 else (1,)
-    inside = [d * 10.0**e for e in exponents for d in firsts if low <= d * 10.0**e <= high]
+    inside: list[float] = []
+    for firsts in ((1,) if len(exponents) > 4 else (1, 2, 5), range(1, 10), [k / 2 for k in range(2, 20)]):
+        if len(inside) < 2:
+            inside = [d * 10.0**e for e in exponents for d in firsts if low <= d * 10.0**e <= high]
     return [(t, _short(t)) for t in inside]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import workbench as wb
 from widgets import curve_plot, frontier_plot, save_figure
+from widgets.frontier import _log_ticks
 from workbench.problems.mixtures import two_modes
 
 
@@ -69,3 +70,10 @@ def test_points_of_one_method_may_be_named_by_what_differs() -> None:
     assert {t.get_text() for t in axes.get_legend().get_texts()} >= {"ddim", "dpmpp_2m"}
     assert axes.get_yscale() == "log" and set(figure.frame["series"]) == {"ddim", "dpmpp_2m"}
     assert set(frontier_plot(found, "wasserstein_1").frame["series"]) == {"t_stitch"}
+
+
+@pytest.mark.parametrize("value", [3.0, 1.3, 0.7, 1e-9, 4e12])
+def test_one_value_on_a_logarithmic_axis_has_a_tick_beside_it(value):
+    """No tick at all is what the drawing library cannot draw."""
+    assert _log_ticks(value / 1.3, value * 1.3)
+    curve_plot({"one": [(value, value, 0.0)]}, x_label="x", y_label="y", log="xy").render("svg")

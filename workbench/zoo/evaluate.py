@@ -2,7 +2,8 @@
 
 For each size, at several guidance scales: label accuracy and Frechet distance (classifier features, against
 the stored statistics of held-out images) with standard errors; beside them the same for fresh real images and
-for real images passed through the autoencoder, at the same n. Costs: parameters; FLOPs, milliseconds per row.
+for real images passed through the autoencoder, at the same n. All of them have every class equally often, and the
+figures know it (see `workbench.quality.Drawn`). Costs: parameters; FLOPs, milliseconds per row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from workbench.cost import flops_per_row
-from workbench.quality import frechet, proportion
+from workbench.quality import Drawn, frechet, proportion
 from workbench.zoo import SIZES, WEIGHTS, weights_digest
 from workbench.zoo.classifier import GlyphClassifier, load_classifier
 from workbench.zoo.glyphs import CLASSES, glyphs
@@ -32,11 +33,12 @@ BATCH = 180  # images sampled together
 def score(classifier: GlyphClassifier, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """Label accuracy and Frechet distance of images (n, 1, 24, 24) in [-1, 1] with their labels (n,).
 
-    The standard error of the accuracy is binomial, that of the distance a jackknife over 20 groups.
+    Classes are strata, drawn equally often. The distance's error is a jackknife over groups of whole label cycles.
     """
     features, guesses = classifier.judge(images)
-    accuracy = proportion(guesses == labels)
-    distance = frechet(features, classifier.reference_mean, classifier.reference_cov)
+    drawn = Drawn(len(labels), labels)
+    accuracy = proportion(guesses == labels, drawn)
+    distance = frechet(features, classifier.reference_mean, classifier.reference_cov, drawn)
     return {
         "n": len(labels),
         "label_accuracy": accuracy.value,
@@ -44,6 +46,18 @@ def score(classifier: GlyphClassifier, images: Tensor, labels: Tensor) -> dict[s
         "frechet_distance": distance.value,
         "frechet_distance_se": distance.stderr,
     }
+
+
+def real(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n held-out images with their labels, of all labels equally often as the models' samples are."""
+    labels, n_drawn = torch.arange(n) % len(CLASSES), 2 * n
+    while True:
+        images, theirs = glyphs(n_drawn, "held_out", seed)
+        found = [(theirs == c).nonzero()[:, 0] for c in range(len(CLASSES))]
+        if all(len(f) >= (labels == c).sum() for c, f in enumerate(found)):
+            picked = [int(found[int(c)][i // len(CLASSES)]) for i, c in enumerate(labels)]
+            return images[picked], labels
+        n_drawn *= 2
 
 
 def sample(pipe: GlyphPipeline, n: int, steps: int, guidance: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +68,7 @@ def sample(pipe: GlyphPipeline, n: int, steps: int, guidance: float, seed: int) 
         pipe(chunk, steps, guidance, generator=generator, output_type="pt", return_dict=False)[0]
         for chunk in labels.split(BATCH)
     ]
-    return torch.cat(parts) * 2 - 1, labels
+    return torch.cat(parts).cpu() * 2 - 1, labels
 
 
 def costs(pipes: dict[str, GlyphPipeline], repeats: int = 25) -> dict[str, dict[str, Any]]:
@@ -105,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 1.5, 2.0], help="guidance scales")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--device", default="cpu", help="where the models sample; costs are always of the CPU")
     parser.add_argument("--skip-costs", action="store_true", help="keep the costs already in the file")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "scores.json", help="file to update")
@@ -118,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipes[size] = GlyphPipeline.from_pretrained(given.weights / f"glyphs-{size}")
         pipes[size].set_progress_bar_config(disable=True)
 
-    images, labels = glyphs(given.n, "held_out", seed=30)
+    images, labels = real(given.n, seed=30)
     vae = pipes["l"].vae
     with torch.no_grad():
         decoded = torch.cat(
@@ -137,13 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
             },
             "environment": {
                 "torch": torch.__version__,
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, no accelerator used",
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, samples drawn on {given.device}",
             },
         },
     )
     if not given.skip_costs:
         _update(given.out, {f"costs_{size}": cost for size, cost in costs(pipes).items()})
     for size in given.sizes:
+        pipes[size].to(given.device)
         for guidance in given.guidance:
             start = time.perf_counter()
             images, labels = sample(pipes[size], given.n, given.steps, guidance, given.seed)
