@@ -70,6 +70,8 @@ def dpm_solver_adaptive(
 
     State (n_samples, *problem.shape). A Step is one attempt of every sample on its way: where the difference, weighed
     by max(atol, rtol |x|), is at most 1 in the root mean square over the sample, the higher order's result is taken.
+    |x| is the larger of the step's two ends, as in the authors' code: where noise is added at its full size (VE, EDM)
+    it is that noise's, so a first step may err by rtol x 80 and leap over all that matters. Take a small rtol there.
     The next length follows from that error, rounded down to an eighth of an octave. From the cleanest level, or where
     n_steps ends the attempts, a sample goes to the final level by one step of order 1; samples that are there wait.
     Cost: at most ``nfe(n_steps, order) * branches`` evaluations per sample, where branches is 2 with guidance, else 1;
