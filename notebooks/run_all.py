@@ -15,8 +15,10 @@ import ast
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,6 @@ FORMATS = {".png", ".svg", ".csv"}
 MAX_SECONDS_PER_CELL = 60 * 60
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^Exception in thread ", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# Kernel and client talk over sockets of this user alone, where the system has them
-_TRANSPORT = {} if sys.platform == "win32" else {"config": Config({"KernelManager": {"transport": "ipc"}})}
 _WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -98,15 +98,30 @@ def run(
     before = os.environ.get("WORKBENCH_HEADLESS")
     os.environ["WORKBENCH_HEADLESS"] = "1"
     try:
-        return papermill.execute_notebook(
-            str(source), str(target), parameters=given, kernel_name="python3", language="python", cwd=str(NOTEBOOKS),
-            execution_timeout=seconds_per_cell, progress_bar=False, log_output=False, **_TRANSPORT,
-        )
+        with _transport() as transport:
+            return papermill.execute_notebook(
+                str(source), str(target), parameters=given, kernel_name="python3", language="python",
+                cwd=str(NOTEBOOKS), execution_timeout=seconds_per_cell, progress_bar=False, log_output=False,
+                **transport,
+            )
     finally:
         if before is None:
             del os.environ["WORKBENCH_HEADLESS"]
         else:
             os.environ["WORKBENCH_HEADLESS"] = before
+
+
+@contextmanager
+def _transport() -> Iterator[dict[str, Any]]:
+    """How kernel and client talk: over sockets of this user alone, where the system has them.
+
+    In a folder of their own: by default kernels that start in one folder at one time take each other's names.
+    """
+    if sys.platform == "win32":
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        yield {"config": Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/k"}})}
 
 
 def _texts(value: Any) -> Iterator[str]:

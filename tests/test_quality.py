@@ -386,3 +386,14 @@ def test_proportion():
 def test_metrics_say_what_they_need():
     for name, metric in METRICS.items():
         assert metric.name == name and metric.label and metric.help and metric.min_n >= 2
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e150])
+def test_degrees_of_freedom_do_not_hang_on_the_unit(scale):
+    """Spreads whose squares are too small for a float are spreads all the same; none at all is no error."""
+    labels, x = torch.arange(12) % 3, torch.arange(12.0, dtype=torch.float64).square()
+    of = Drawn(12, labels).mean(x)
+    scaled = Drawn(12, labels).mean(scale * x)
+    assert scaled.df == pytest.approx(of.df) and scaled.stderr / scale == pytest.approx(of.stderr)
+    constant = Drawn(12, labels).mean(torch.full((12,), scale, dtype=torch.float64))
+    assert constant.stderr == 0 and constant.df == pytest.approx(9.0)

@@ -68,7 +68,7 @@ def paired(a: Point, b: Point, metric: str) -> Quality:
         return combined([Quality(ours[s].value - theirs[s].value, math.nan, ours[s].n) for s in seeds])
     both = [combined([q[s] for s in seeds]) for q in (ours, theirs)]
     stderr, (x, y) = math.hypot(*(q.stderr for q in both)), both
-    df = stderr**4 / sum(q.stderr**4 / max(q.df, 1.0) for q in both) if stderr else math.inf
+    df = 1 / sum((q.stderr / stderr) ** 4 / max(q.df, 1.0) for q in both) if stderr else math.inf
     return Quality(x.value - y.value, stderr, n, df=df)
 
 

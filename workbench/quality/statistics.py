@@ -151,7 +151,8 @@ class Drawn:
             return Quality(value, math.nan, self.n)
         parts = shares.square() * squares / (counts - 1) / counts
         total = float(parts.sum())
-        df = total**2 / float((parts.square() / (counts - 1)).sum()) if total > 0 else float(self.n - len(counts))
+        part_of_all = parts / total if total > 0 else counts.double() / self.n  # squares of tiny parts would be 0
+        df = 1 / float((part_of_all.square() / (counts - 1)).sum())
         return Quality(value, math.sqrt(total), self.n, df=df)
 
     def jackknife(self, statistic: Callable[[Tensor], float]) -> tuple[float, float]:
