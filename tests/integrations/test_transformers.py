@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from integrations.tiny_language_models import FAMILIES, VOCABULARY, language_model, like, pair, prompt
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,8 +19,14 @@ from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LogitsProcessor,
     MambaConfig,
     MambaForCausalLM,
@@ -27,6 +34,7 @@ from transformers import (
     StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from workbench.integrations.transformers import BlockCount, Generated, generate, speculative_generation
@@ -96,6 +104,7 @@ def test_a_tree_in_one_pass_is_its_paths_and_a_kept_path_is_a_fresh_run(family: 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_broken_twins_of_the_tree_pass_are_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = language_model(family, attention="eager")
+    causal(model, "target")  # tried out while the pass is whole
     unrecorded(monkeypatch)
     with monkeypatch.context() as broken:  # eager attention adds True as 1: it never tells that the mask is misread
         broken.setattr(causal_module, "_float_mask", lambda sees, dtype, device: torch.from_numpy(sees)[:, None])
@@ -121,11 +130,13 @@ def test_broken_twins_of_the_tree_pass_are_seen(family: str, monkeypatch: pytest
 
 def test_windows_in_the_mask_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for family in ("mistral", "gemma3", "qwen2-windows"):
+        model = language_model(family)
+        causal(model, "target")
         with monkeypatch.context() as broken:
             begin = KeyValues.__init__
             broken.setattr(KeyValues, "__init__",
                            lambda self, n, kinds, window, memory, begin=begin: begin(self, n, kinds, None, memory))
-            assert tree_error(language_model(family)) > 1e-2
+            assert tree_error(model) > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -431,9 +442,10 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "returns": (lambda: {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2: not supported"),
     "assistant": (lambda: {"assistant_model": language_model()}, "assistant_model: not supported"),
     "typo": (lambda: {"temprature": 2.0}, "temprature: not supported"),
-    "target's context": (lambda: {"max_new_tokens": 60}, "60 new tokens.*context of the target, 64"),
-    "draft's context": (lambda: {"draft": language_model(max_position_embeddings=20), "max_new_tokens": 16},
-                        "context of the draft, 20"),
+    "target's context": (lambda: {"max_new_tokens": 61},
+                         "n_tokens=61: after a prompt of 5, target has room for 60, as its context is 64"),
+    "draft's context": (lambda: {"draft": language_model(max_position_embeddings=20), "max_new_tokens": 18},
+                        "n_tokens=18: after a prompt of 5, draft has room for 17, as its context is 20"),
     "target's NaN": (lambda: {"target": nan_model()}, "logits of target hold NaN"),
     "draft's NaN": (lambda: {"draft": nan_model()}, "logits of draft hold NaN"),
     "vocabularies": (lambda: {"draft": language_model(vocab_size=2000)}, "vocabulary of 2000 tokens, target of 41"),
@@ -441,7 +453,16 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
                    "draft_tokenizer: .*'_' is 30 and None"),
     "training": (lambda: {"draft": language_model().train()}, "draft is in training mode"),
     "no model": (lambda: {"draft": None}, "draft is a NoneType"),
-    "devices": (lambda: {"draft": language_model().to("meta")}, "draft is on meta, target on cpu"),
+    "no weights": (lambda: {"draft": language_model().to("meta")}, "draft has weights on the meta device"),
+    "offloaded": (lambda: {"target": cpu_offload(language_model())}, "target has weights .*offloaded by accelerate"),
+    "embeddings": (lambda: {"inputs_embeds": torch.zeros(1, 5, 16)}, "inputs_embeds: not supported"),
+    "more inputs": (lambda: {"inputs": {"input_ids": prompt(4), "pixel_values": torch.zeros(1)}},
+                    "inputs holds pixel_values: expected input_ids and attention_mask only"),
+    "kinds of tokens": (lambda: {"inputs": {"input_ids": prompt(4), "token_type_ids": torch.ones(1, 4)}},
+                        "inputs holds token_type_ids"),
+    "no cache": (lambda: {"use_cache": False}, "use_cache=False: not supported by speculative decoding; expected True"),
+    "a processor with a memory": (lambda: {"logits_processor": [UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        1.5, language_model())]}, "logits_processor holds UnbatchedClassifierFreeGuidance"),
     "encoder": (lambda: {"draft": T5ForConditionalGeneration(T5Config(
         vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).eval()},
         "draft: T5.*decoder-only"),
@@ -453,6 +474,16 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         use_mamba_kernels=False, mamba_d_state=4)).eval()}, "draft: .*keys and values"),
     "no positions": (lambda: {"draft": BloomForCausalLM(BloomConfig(
         vocab_size=VOCABULARY, hidden_size=8, n_layer=1, n_head=2)).eval()}, "draft: Bloom.*takes no position_ids"),
+    "biases by distance": (lambda: {"draft": FalconForCausalLM(FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, alibi=True)).eval()},
+        "draft: FalconForCausalLM has alibi=True"),
+    "local layers": (lambda: {"draft": GPTNeoForCausalLM(GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=8, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]))
+        .eval()}, "draft: GPTNeoForCausalLM has attention_layers of kind 'local'"),
+    "chunks": (lambda: {"draft": Llama4ForCausalLM(Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, intermediate_size_mlp=8, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=4, num_local_experts=1, pad_token_id=None)).eval()},
+        "draft: layers of kind chunked_attention"),
 }  # fmt: skip
 
 
