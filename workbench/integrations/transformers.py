@@ -60,7 +60,7 @@ from transformers import (
 from workbench.rng import Rng
 from workbench.speculation.causal import causal, check_vocabularies, rotations, unwrapped
 from workbench.speculation.drafting import Uniform
-from workbench.speculation.engine import Ask, Contexts, LanguageModel, check_room, speculate
+from workbench.speculation.engine import Ask, Contexts, LanguageModel, speculate
 from workbench.speculation.growing import ConfidenceGrower, Grow, Grower, StaticGrower
 from workbench.speculation.rules import RULES, Rule
 from workbench.speculation.trees import Shape, k_chains, widths
@@ -230,7 +230,6 @@ class speculative_generation:
         rule, grow, is_soft = self._plan[not generation_config.do_sample]
         padded = input_ids.tolist()
         n_tokens = _n_tokens(stopping_criteria, input_ids.shape[1])
-        check_room(*pair, [len(p) for p in prompts], n_tokens)
         _check_tokens(prompts, pair[0].vocab_size)
         eos = {int(token) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id}
         law = _Processed(logits_processor, padded, [len(p) for p in prompts], not generation_config.do_sample, eos)

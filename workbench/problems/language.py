@@ -134,7 +134,9 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def _ids(prompt: Any) -> list[Any]:
-    return prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    if isinstance(prompt, Tensor) and prompt.ndim == 1:
+        return prompt.tolist()
+    return list(prompt) if isinstance(prompt, Sequence) else []
 
 
 def _tokens(i: int, prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:

@@ -150,13 +150,15 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
     tokens the sequence has if it ends here, else None.
     Cost: per block and row, one target pass of n_nodes + 1 tokens (the first also takes in the prompt) and one draft
     pass per level of the tree. Nobody drafts beyond the end: a tree is at most as deep as tokens are wanted, less one.
-    Raises ValueError where a prompt is empty, n_tokens is below 1, or a model's logits hold NaN.
+    Raises ValueError where a prompt is empty, n_tokens is below 1, a model has no room for them (see `check_room`), or
+    its logits hold NaN.
     """
     if n_tokens < 1:
         raise ValueError(f"n_tokens={n_tokens!r}: expected at least 1")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty: expected at least one token")
+    check_room(target, draft, [len(prompt) for prompt in prompts], n_tokens)
     rows = range(len(prompts))
     done: list[list[int]] = [[] for _ in rows]
     active = set(rows)

@@ -12,7 +12,7 @@ from workbench.knob import Knob
 from workbench.method import Step
 from workbench.problems.decoding import Decoding
 from workbench.rng import Rng
-from workbench.speculation.engine import LanguageModel, Warp, check_room, speculate
+from workbench.speculation.engine import LanguageModel, Warp, speculate
 from workbench.speculation.growing import Grow
 from workbench.speculation.rules import Rule
 
@@ -38,18 +38,16 @@ def written(problem: Decoding, rng: Rng, n_tokens: int, law: Warp, *, model: Lan
 
     info: i, and blocks {sample: Block} of the samples still going. model: in the target's place. is_varied: the drafts
     of a position are different tokens; at temperature 0, whose law has only one, they come of the law at temperature 1.
-    Raises ValueError where prompt and tokens do not fit a model's context, and what `speculate` raises.
+    Raises what `speculate` raises, such as ValueError where prompt and tokens do not fit a model's context.
     """
     model = problem.target if model is None else model
-    prompts = problem.prompts(rng.n_samples)
-    check_room(model, draft, [len(prompt) for prompt in prompts], n_tokens)
     state = torch.full((rng.n_samples, n_tokens, 2), -1, dtype=torch.int64, device=problem.device)
     n_done = [0] * rng.n_samples
 
     def ends(row: int, tokens: list[int], n_new: int) -> int | None:
         return next((n + 1 for n in range(len(tokens) - n_new, len(tokens)) if tokens[n] in problem.ends), None)
 
-    going = speculate(model, draft, prompts, n_tokens, grow, rule,
+    going = speculate(model, draft, problem.prompts(rng.n_samples), n_tokens, grow, rule,
                       [rng.uniforms(i) for i in range(rng.n_samples)], law=law, ends=ends,
                       draft_law=replace(law, temperature=1.0) if is_varied and law.temperature == 0 else None)
     for i, blocks in enumerate(going):
