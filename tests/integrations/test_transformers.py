@@ -281,10 +281,8 @@ def test_a_constraint_that_hears_of_another_row_is_seen(monkeypatch: pytest.Monk
     target, draft = pair()
     monkeypatch.setattr(drop_in, "_of_row", lambda process, row: process)
     settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **ROWS["a constraint"]}
-    with pytest.raises(ValueError):
-        assert torch.equal(generate(target, draft, ragged(), **settings).sequences,
-                           target.generate(**ragged(), **settings))
-        raise AssertionError
+    made = generate(target, draft, ragged(), **settings).sequences
+    assert not torch.equal(made, target.generate(**ragged(), **settings))
 
 
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.drafting == "iid"])

@@ -335,6 +335,9 @@ def test_an_adapter_that_is_switched_is_told() -> None:
     target.set_adapter("b")
     with pytest.raises(ValueError, match="target has changed"):
         run("speculative", asked, 0, 1, n_tokens=4)
+    target.set_adapter("a")
+    run("speculative", asked, 0, 1, n_tokens=4)
+    target.set_adapter("b")
     assert problem(target=target).digest != asked.digest
     assert asked.code is None  # adapters lie in no model's path
 

@@ -130,7 +130,7 @@ def changes(module: nn.Module) -> list[Any]:
     `fingerprint`, and there for every module.
     """
     state: list[Any] = []
-    seen: dict[int, Any] = {}
+    told: dict[int, Any] = {}  # configurations, which parts share; other values are told anew for each part
     for part in module.modules():
         attributes = vars(part)
         state += id(part), type(part), *(id(hook) for held in HOOKS for hook in attributes[held].values())
@@ -141,7 +141,7 @@ def changes(module: nn.Module) -> list[Any]:
         for name, value in attributes.items():
             if name not in PASSED_OVER and name != "warnings_issued" and not isinstance(value, Tensor):
                 try:
-                    state += name, _plain(value, seen)
+                    state += name, _plain(value, told if name == "config" else {})
                 except _Unknown:
                     state += name, id(value)
     return state
