@@ -109,8 +109,9 @@ def from_models(target: Any, drafts: Any | Sequence[Any], tokenizer: PreTrainedT
         more += ", draft_tokenizer=draft_tokenizer"
     ask = (f"prompts = {ids}\nrows = [prompts[i % len(prompts)] for i in range(N_SAMPLES)]\n"
            "longest = max(map(len, rows))\n"
-           "inputs = {'input_ids': torch.tensor([[0] * (longest - len(row)) + row for row in rows]),\n"
-           "          'attention_mask': torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])}\n"
+           "inputs = {'input_ids': [[0] * (longest - len(row)) + row for row in rows],\n"
+           "          'attention_mask': [[0] * (longest - len(row)) + [1] * len(row) for row in rows]}\n"
+           "inputs = {name: torch.tensor(rows, device=target.device) for name, rows in inputs.items()}\n"
            "for model in (target, *drafts):  # all settings are below\n"
            "    model.generation_config = type(model.generation_config)()")
     is_told = not any(getattr(module, "peft_config", None) for module in modules)
@@ -134,6 +135,7 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def _ids(prompt: Any) -> list[Any]:
+    """What a sequence or 1-d tensor holds; of anything else nothing."""
     if isinstance(prompt, Tensor) and prompt.ndim == 1:
         return prompt.tolist()
     return list(prompt) if isinstance(prompt, Sequence) else []
