@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -11,28 +12,46 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from integrations.tiny_language_models import FAMILIES, VOCABULARY, language_model, like, pair, prompt
+from accelerate import cpu_offload
+from integrations.tiny_language_models import (
+    FAMILIES,
+    VOCABULARY,
+    Peft,
+    adapted,
+    language_model,
+    letters,
+    like,
+    pair,
+    prompt,
+)
 from scipy import stats
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LogitsProcessor,
     MambaConfig,
     MambaForCausalLM,
-    PreTrainedTokenizerFast,
+    StoppingCriteria,
     StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from workbench.integrations import transformers as drop_in
 from workbench.integrations.transformers import BlockCount, Generated, generate, speculative_generation
 from workbench.speculation import causal as causal_module
 from workbench.speculation.causal import KeyValues, Layers, Stack, causal
-from workbench.speculation.engine import Session
+from workbench.speculation.engine import LanguageModel, Session
 from workbench.speculation.rules import RULES
 from workbench.speculation.tracing import recording
 from workbench.speculation.trees import Shape, sequoia
@@ -96,6 +115,7 @@ def test_a_tree_in_one_pass_is_its_paths_and_a_kept_path_is_a_fresh_run(family: 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_broken_twins_of_the_tree_pass_are_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = language_model(family, attention="eager")
+    causal(model, "target")  # tried out while the pass is whole
     unrecorded(monkeypatch)
     with monkeypatch.context() as broken:  # eager attention adds True as 1: it never tells that the mask is misread
         broken.setattr(causal_module, "_float_mask", lambda sees, dtype, device: torch.from_numpy(sees)[:, None])
@@ -121,11 +141,13 @@ def test_broken_twins_of_the_tree_pass_are_seen(family: str, monkeypatch: pytest
 
 def test_windows_in_the_mask_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for family in ("mistral", "gemma3", "qwen2-windows"):
+        model = language_model(family)
+        causal(model, "target")
         with monkeypatch.context() as broken:
             begin = KeyValues.__init__
             broken.setattr(KeyValues, "__init__",
                            lambda self, n, kinds, window, memory, begin=begin: begin(self, n, kinds, None, memory))
-            assert tree_error(language_model(family)) > 1e-2
+            assert tree_error(model) > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -201,6 +223,68 @@ def test_a_processor_of_ones_own() -> None:
     assert torch.equal(generate(target, draft, prompt(4), do_sample=False, **settings).sequences, wanted)
 
 
+class Biased(LogitsProcessor):
+    """A bias of its own for each row of the batch."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.biases = 6 * torch.randn(n_rows, VOCABULARY, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores + self.biases
+
+
+class Bounded(StoppingCriteria):
+    """A length of its own for each row of the batch."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= torch.tensor([12, 15, 17])
+
+
+def by_row(row: int, tokens: Tensor) -> list[int]:
+    """A third of the tokens, another one in each row, and then one that ends it, which only padding may follow."""
+    if 4 in tokens[9:]:
+        return [0]
+    return [4] if len(tokens) == 16 + row else [token for token in range(5, VOCABULARY) if token % 3 == row]
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "a constraint": {"prefix_allowed_tokens_fn": by_row, "eos_token_id": 4},
+    "a constraint beside others": {"prefix_allowed_tokens_fn": by_row, "eos_token_id": 4, "repetition_penalty": 1.3,
+                                   "logits_processor": [Biased(3)]},
+    "a processor": {"logits_processor": [Biased(3)]},
+    "a criterion": {"stopping_criteria": [Bounded()], "eos_token_id": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ROWS)
+@pytest.mark.parametrize("how", ["one chain", "chains", "dynamic"])
+def test_what_is_asked_by_row_hears_of_the_true_row(what: str, how: str) -> None:
+    target, draft = pair()
+    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **ROWS[what]}
+    made = generate(target, draft, ragged(), **settings, **TREES[how])
+    assert torch.equal(made.sequences, target.generate(**ragged(), **settings))
+    hook = speculative_generation(draft, **TREES[how])
+    assert torch.equal(target.generate(**ragged(), **settings, custom_generate=hook), made.sequences)
+
+
+def test_a_constraint_is_not_asked_what_may_follow_an_end() -> None:
+    def ends(row: int, tokens: Tensor) -> list[int]:
+        return [] if tokens[-1] == 4 else [4, 5] if len(tokens) > 6 else [5, 6]
+
+    target, settings = pair()[0], {"do_sample": False, "eos_token_id": 4, "prefix_allowed_tokens_fn": ends}
+    for how in TREES.values():
+        made = generate(target, like(target, 0.5), prompt(5), max_new_tokens=12, **settings, **how)
+        assert torch.equal(made.sequences, target.generate(prompt(5), max_new_tokens=12, **settings))
+
+
+def test_a_constraint_that_hears_of_another_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = pair()
+    monkeypatch.setattr(drop_in, "_of_row", lambda process, row: process)
+    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **ROWS["a constraint"]}
+    made = generate(target, draft, ragged(), **settings).sequences
+    assert not torch.equal(made, target.generate(**ragged(), **settings))
+
+
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.drafting == "iid"])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_a_draft_that_is_the_target_is_always_accepted(rule: str, do_sample: bool) -> None:
@@ -257,13 +341,6 @@ def test_eos_inside_an_accepted_path_ends_a_row() -> None:
     wanted = target.generate(rows, do_sample=False, max_new_tokens=8, eos_token_id=[eos, 3], pad_token_id=0)
     assert torch.equal(generate(target, target, rows, do_sample=False, max_new_tokens=8, eos_token_id=[eos, 3],
                                 pad_token_id=0).sequences, wanted)
-
-
-def letters(n: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A tokenizer of n single letters."""
-    made = Tokenizer(models.WordLevel({chr(ord("A") + i): i for i in range(n)}, unk_token="A"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def test_stop_strings_inside_an_accepted_path() -> None:
@@ -431,9 +508,10 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "returns": (lambda: {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2: not supported"),
     "assistant": (lambda: {"assistant_model": language_model()}, "assistant_model: not supported"),
     "typo": (lambda: {"temprature": 2.0}, "temprature: not supported"),
-    "target's context": (lambda: {"max_new_tokens": 60}, "60 new tokens.*context of the target, 64"),
-    "draft's context": (lambda: {"draft": language_model(max_position_embeddings=20), "max_new_tokens": 16},
-                        "context of the draft, 20"),
+    "target's context": (lambda: {"max_new_tokens": 61},
+                         "n_tokens=61: after a prompt of 5, target has room for 60, as its context is 64"),
+    "draft's context": (lambda: {"draft": language_model(max_position_embeddings=20), "max_new_tokens": 18},
+                        "n_tokens=18: after a prompt of 5, draft has room for 17, as its context is 20"),
     "target's NaN": (lambda: {"target": nan_model()}, "logits of target hold NaN"),
     "draft's NaN": (lambda: {"draft": nan_model()}, "logits of draft hold NaN"),
     "vocabularies": (lambda: {"draft": language_model(vocab_size=2000)}, "vocabulary of 2000 tokens, target of 41"),
@@ -441,7 +519,16 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
                    "draft_tokenizer: .*'_' is 30 and None"),
     "training": (lambda: {"draft": language_model().train()}, "draft is in training mode"),
     "no model": (lambda: {"draft": None}, "draft is a NoneType"),
-    "devices": (lambda: {"draft": language_model().to("meta")}, "draft is on meta, target on cpu"),
+    "no weights": (lambda: {"draft": language_model().to("meta")}, "draft has weights on the meta device"),
+    "offloaded": (lambda: {"target": cpu_offload(language_model())}, "target has weights .*offloaded by accelerate"),
+    "embeddings": (lambda: {"inputs_embeds": torch.zeros(1, 5, 16)}, "inputs_embeds: not supported"),
+    "more inputs": (lambda: {"inputs": {"input_ids": prompt(4), "pixel_values": torch.zeros(1)}},
+                    "inputs holds pixel_values: expected input_ids and attention_mask only"),
+    "kinds of tokens": (lambda: {"inputs": {"input_ids": prompt(4), "token_type_ids": torch.ones(1, 4)}},
+                        "inputs holds token_type_ids"),
+    "no cache": (lambda: {"use_cache": False}, "use_cache=False: not supported by speculative decoding; expected True"),
+    "a processor with a memory": (lambda: {"logits_processor": [UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        1.5, language_model())]}, "logits_processor holds UnbatchedClassifierFreeGuidance"),
     "encoder": (lambda: {"draft": T5ForConditionalGeneration(T5Config(
         vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).eval()},
         "draft: T5.*decoder-only"),
@@ -453,6 +540,16 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         use_mamba_kernels=False, mamba_d_state=4)).eval()}, "draft: .*keys and values"),
     "no positions": (lambda: {"draft": BloomForCausalLM(BloomConfig(
         vocab_size=VOCABULARY, hidden_size=8, n_layer=1, n_head=2)).eval()}, "draft: Bloom.*takes no position_ids"),
+    "biases by distance": (lambda: {"draft": FalconForCausalLM(FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, alibi=True)).eval()},
+        "draft: FalconForCausalLM has alibi=True"),
+    "local layers": (lambda: {"draft": GPTNeoForCausalLM(GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=8, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]))
+        .eval()}, "draft: GPTNeoForCausalLM has attention_layers of kind 'local'"),
+    "chunks": (lambda: {"draft": Llama4ForCausalLM(Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, intermediate_size_mlp=8, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=4, num_local_experts=1, pad_token_id=None)).eval()},
+        "draft: layers of kind chunked_attention"),
 }  # fmt: skip
 
 
@@ -493,3 +590,172 @@ def test_a_tree_that_drafts_nothing_is_plain_decoding() -> None:
     made = generate(target, target, prompt(5), tree=Shape(()), do_sample=False, max_new_tokens=6)
     assert torch.equal(made.sequences, target.generate(prompt(5), do_sample=False, max_new_tokens=6))
     assert made.block_efficiency == 1
+
+
+def rotating(kind: str, **more: Any) -> Any:
+    """A model whose rotary positions change with the length, from 16 on."""
+    return language_model(rope_parameters={"rope_type": kind, "rope_theta": 1e4, **more},
+                          max_position_embeddings=16 if kind == "dynamic" else 64)
+
+
+def longrope() -> Any:
+    return rotating("longrope", short_factor=[1.0, 1.5], long_factor=[6.0, 9.0], original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize(("length", "n_tokens"), [(5, 12), (16, 1), (17, 8)])
+def test_positions_that_are_coded_by_the_length_are_right_on_either_side(length: int, n_tokens: int) -> None:
+    target = longrope()
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": n_tokens}
+    made = generate(target, like(target, 0.1), prompt(length), n_drafts=2, **settings).sequences
+    assert torch.equal(made, target.generate(prompt(length), **settings))
+
+
+def test_positions_that_would_be_coded_anew_in_the_midst_of_a_text_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = longrope()
+    for rows, n_tokens in ((prompt(5), 13), (prompt(16), 2)):
+        with pytest.raises(ValueError, match=r"target has room for .* beyond original_max_position_embeddings=16"):
+            generate(target, target, rows, max_new_tokens=n_tokens)
+    mixed = {"input_ids": prompt(18, n_rows=2), "attention_mask": torch.ones(2, 18, dtype=torch.int64)}
+    mixed["attention_mask"][0, :4] = 0
+    with pytest.raises(ValueError, match=r"original_max_position_embeddings=16"):
+        generate(target, target, mixed, max_new_tokens=1)
+    monkeypatch.setattr(LanguageModel, "room", lambda self, lengths: math.inf)  # the broken twin
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 30}
+    rows = torch.cat([prompt(10, seed=seed) for seed in range(6)])
+    assert not torch.equal(generate(target, target, rows, **settings).sequences, target.generate(rows, **settings))
+
+
+def test_dynamic_positions_are_right_within_the_context_and_refused_beyond() -> None:
+    target = rotating("dynamic", factor=4.0)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+    made = generate(target, like(target, 0.1), prompt(5), n_drafts=2, **settings).sequences
+    assert torch.equal(made, target.generate(prompt(5), **settings))
+    with pytest.raises(ValueError, match="target has room for 12, as its context is 16"):
+        generate(target, target, prompt(5), max_new_tokens=13)
+
+
+@pytest.mark.parametrize("how", TREES)
+def test_the_context_is_used_to_its_last_position(how: str) -> None:
+    """Positions beyond it have no embedding: whatever were read there would be an error."""
+    target, draft = language_model("gpt2"), language_model("gpt2", seed=1)
+    draft.config.n_positions = 63  # what is drafted last is never read by the draft
+    draft.transformer.wpe = torch.nn.Embedding.from_pretrained(draft.transformer.wpe.weight[:63].detach())
+    rows = ragged()
+    for given, longest in ((rows, 9), (prompt(64), 64), (prompt(63), 63)):
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 65 - longest, "pad_token_id": 0}
+        plain = given if isinstance(given, dict) else {"input_ids": given}
+        wanted = target.generate(**plain, **settings)
+        for drafting in (draft, like(target, 0.05)):
+            assert torch.equal(generate(target, drafting, given, **settings, **TREES[how]).sequences, wanted)
+        settings["max_new_tokens"] += 1
+        with pytest.raises(ValueError, match="target has room for"):
+            generate(target, draft, given, **settings, **TREES[how])
+
+
+def heedless(what: str) -> Any:
+    """A model that does not heed a mask, or positions, that it is given."""
+    model = language_model()
+
+    class Heedless(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None,
+                    past_key_values: Any = None, **kwargs: Any) -> Any:
+            given = {"attention_mask": attention_mask, "position_ids": position_ids}
+            return super().forward(input_ids, past_key_values=past_key_values, **given | {what: None}, **kwargs)
+
+    model.__class__ = Heedless
+    return model
+
+
+@pytest.mark.parametrize("what", ["attention_mask", "position_ids"])
+def test_a_model_that_does_not_heed_what_it_is_given_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = heedless(what)
+    with pytest.raises(ValueError, match="draft: Heedless's logits of a tree of tokens differ from plain passes by"):
+        generate(language_model(), model, prompt(5), max_new_tokens=4)
+    monkeypatch.setattr(causal_module, "_try_out", lambda *given: None)
+    assert tree_error(model) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_the_trial_in_every_type_even_with_a_short_context(family: str, dtype: torch.dtype) -> None:
+    for changes in ({}, {"n_positions" if family == "gpt2" else "max_position_embeddings": 3}):
+        model = language_model(family, **changes).to(dtype)
+        assert causal(model, "target").module is model
+        assert model in causal_module._CHECKED
+
+
+def test_the_trial_is_made_once_and_unheard_by_the_modules_hooks() -> None:
+    model, heard, passes = language_model(), [], 0
+    model.register_forward_hook(lambda *given: heard.append(given))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return forward(*args, **kwargs)
+
+    counted.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    forward, model.forward = model.forward, counted
+    for _ in range(3):
+        causal(model, "target")
+    assert passes == 3 and not heard
+    model.set_attn_implementation("eager")
+    causal(model, "target")
+    assert passes == 6
+
+
+def test_models_of_peft_write_with_their_active_adapter() -> None:
+    target, draft = Peft(language_model()), Peft(language_model(seed=1))
+    for model in (target, draft):
+        adapted(model.model)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+    made = []
+    for name in ("a", "b"):
+        target.set_adapter(name)
+        made.append(generate(target, draft, prompt(5), **settings).sequences)
+        assert torch.equal(made[-1], target.model.generate(prompt(5), **settings))
+        hook = speculative_generation(draft)
+        assert torch.equal(target.model.generate(prompt(5), custom_generate=hook, **settings), made[-1])
+    assert not torch.equal(*made)
+    target.peft_config["a"].is_prompt_learning = True
+    with pytest.raises(ValueError, match=r"target: adapter 'a' .* acts on the prompt"):
+        generate(target, draft, prompt(5), **settings)
+
+
+def test_models_of_the_peft_library() -> None:
+    peft = pytest.importorskip("peft")
+    target = language_model()
+    wrapped = peft.get_peft_model(target, peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    wrapped.eval()
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
+    made = generate(wrapped, language_model(seed=1), prompt(5), **settings).sequences
+    assert torch.equal(made, wrapped.generate(input_ids=prompt(5), **settings))
+    with wrapped.disable_adapter():
+        plain = generate(wrapped, language_model(seed=1), prompt(5), **settings).sequences
+    assert not torch.equal(made, plain) and torch.equal(plain, language_model().generate(prompt(5), **settings))
+
+
+def test_models_on_two_devices_are_refused() -> None:
+    draft = language_model()
+    draft.__class__ = type("Elsewhere", (type(draft),), {"device": torch.device("cuda:1")})
+    with pytest.raises(ValueError, match="draft is on cuda:1, target on cpu: expected one device"):
+        generate(language_model(), draft, prompt(5), max_new_tokens=4)
+
+
+def test_what_transformers_hands_on_is_honoured_or_refused() -> None:
+    target, draft = pair()
+    hook = speculative_generation(draft)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    wanted = target.generate(**ragged(), **settings)
+    counted = (ragged()["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(target.generate(**ragged(), position_ids=counted, custom_generate=hook, **settings), wanted)
+    with pytest.raises(ValueError, match="position_ids: expected none"):
+        target.generate(**ragged(), position_ids=counted + 1, custom_generate=hook, **settings)
+    with pytest.raises(ValueError, match="inputs_embeds: not supported"):
+        target.generate(inputs_embeds=torch.zeros(1, 4, 16), custom_generate=hook, **settings)
+    with pytest.raises(ValueError, match="use_cache=False: not supported"):
+        target.generate(prompt(4), use_cache=False, custom_generate=hook, **settings)
+    zeros = {**ragged(), "token_type_ids": torch.zeros(3, 9, dtype=torch.int64)}
+    assert torch.equal(generate(target, draft, zeros, **settings).sequences, wanted)
+    gpt2 = language_model("gpt2")  # takes them, and adds the embedding of token 0
+    with pytest.raises(ValueError, match="inputs holds token_type_ids"):
+        generate(gpt2, gpt2, zeros, **settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.tiny_language_models import language_model, like, prompt
+from integrations.tiny_language_models import adapted, language_model, layers, like, prompt
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
@@ -27,32 +27,6 @@ FULL = ("full_attention",)
 def written(model: Any, draft: Any) -> list[int]:
     made = generate(model, draft, prompt(6), draft_length=2, max_new_tokens=16, do_sample=False)
     return made.sequences[0].tolist()
-
-
-class Adapted(nn.Module):
-    """A linear layer with low-rank adapters, of which one is active: as adapter libraries put them into a model."""
-
-    def __init__(self, base: nn.Linear, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.base, self.active = base, [names[0]]
-        self.deltas = nn.ModuleDict()
-        for i, name in enumerate(names):
-            self.deltas[name] = nn.Linear(base.in_features, base.out_features, bias=False)
-            stream = torch.Generator().manual_seed(i)
-            with torch.no_grad():
-                self.deltas[name].weight.normal_(0, 2, generator=stream)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + sum(self.deltas[name](x) for name in self.active)
-
-
-def layers(model: Any) -> list[Adapted]:
-    return [part for part in model.modules() if isinstance(part, Adapted)]
-
-
-def adapted(model: Any) -> None:
-    for layer in model.model.layers:
-        layer.mlp.down_proj = Adapted(layer.mlp.down_proj, ("a", "b"))
 
 
 def set_adapter(*names: str) -> Callable[[Any], None]:

@@ -17,31 +17,48 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    ClassifierFreeGuidanceLogitsProcessor,
     EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     GenerationConfig,
+    InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessor,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from workbench.rng import Rng
-from workbench.speculation.causal import causal
+from workbench.speculation.causal import causal, check_vocabularies, rotations, unwrapped
 from workbench.speculation.drafting import Uniform
 from workbench.speculation.engine import Ask, Contexts, LanguageModel, speculate
 from workbench.speculation.growing import ConfidenceGrower, Grow, Grower, StaticGrower
@@ -50,19 +67,30 @@ from workbench.speculation.trees import Shape, k_chains, widths
 
 __all__ = ["BlockCount", "Generated", "generate", "speculative_generation"]
 
-PADDING = 512  # rows by which two models of one tokenizer may differ: sizes are rounded up for the hardware's sake
-
 # Processors that look at the scores only: all nodes of a pass go through them at once.
 _CONTEXT_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper,
                  SuppressTokensLogitsProcessor, LogitNormalization)
+# Those that treat all rows alike, or can be told which row it is (`_of_row`): nodes of one length go through them at
+# once. Others may hold something for each row of the batch.
+_ROW_FREE = (*_CONTEXT_FREE, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, NoRepeatNGramLogitsProcessor,
+             RepetitionPenaltyLogitsProcessor, PrefixConstrainedLogitsProcessor, SequenceBiasLogitsProcessor,
+             NoBadWordsLogitsProcessor, ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor,
+             ExponentialDecayLengthPenalty, SuppressTokensAtBeginLogitsProcessor, InfNanRemoveLogitsProcessor,
+             EpsilonLogitsWarper, EtaLogitsWarper)
+# Those that remember what they were given, or take more rows than there are.
+_UNUSABLE = (UnbatchedClassifierFreeGuidanceLogitsProcessor, ClassifierFreeGuidanceLogitsProcessor,
+             SynthIDTextWatermarkLogitsProcessor)
 # Settings that another way of decoding or of returning would have to honour, and the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_return_sequences": (1,), "penalty_alpha": (), "dola_layers": (), "constraints": (),
     "force_words_ids": (), "prompt_lookup_num_tokens": (), "assistant_early_exit": (), "use_mtp": (False,),
     "guidance_scale": (1,), "watermarking_config": (), "token_healing": (False,), "cache_implementation": ("dynamic",),
     "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,), "return_dict_in_generate": (False,),
+    "use_cache": (True,),
 }  # fmt: skip
-_ARGUMENTS = ("generation_config", "logits_processor", "stopping_criteria")
+_ARGUMENTS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+# What transformers hands on beside input_ids. Anything else would change what a model answers.
+_HANDED_ON = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +144,8 @@ def generate(target: PreTrainedModel, draft: PreTrainedModel, inputs: Tensor | M
              **generation_kwargs: Any) -> Generated:
     """Write on from prompts, several tokens per pass of the target.
 
-    inputs: input_ids (B, n_prompt), or what a tokenizer returns: with attention_mask, rows may be padded on the left.
+    target, draft: of transformers, or of PEFT with adapters of layers. inputs: input_ids (B, n_prompt), or what a
+    tokenizer returns: with attention_mask, rows may be padded on the left.
     n_drafts chains of draft_length tokens are drafted, independently of each other, and verified by SpecTr (arXiv
     2310.15141), whose rule for one chain is ordinary speculative decoding (arXiv 2211.17192). rule: another name of
     RULES. tree: instead of chains a Shape (such as `trees.sequoia` finds), or widths by level, drawn without
@@ -125,20 +154,23 @@ def generate(target: PreTrainedModel, draft: PreTrainedModel, inputs: Tensor | M
     Greedy decoding takes the draft's most likely tokens where a position has several drafts, by rule "top".
     generation_kwargs: as for target.generate, with target.generation_config behind them: lengths, do_sample and all
     processors of logits, which both models' logits go through alike; eos, pad, stop_strings (with tokenizer),
-    logits_processor (functions of tokens and scores, without memory), stopping_criteria, max_time.
+    logits_processor (functions of tokens and scores, without memory; one that is not of transformers' common ones is
+    called once per node, which is the row of its prompt there), prefix_allowed_tokens_fn, stopping_criteria, max_time.
     seed: fixes what is written; row i draws from a stream of its own, torch's global generator is not touched.
     streamer: of transformers, batches of one row. tokenizer, draft_tokenizer: where both are given, their vocabularies
-    must agree.
+    must agree, and the models' numbers of logits need not.
     Cost: per block one target pass of nodes + 1 positions and a draft pass per level; keys and values of both models.
     Passes of small models are recorded at first (see `speculation.tracing`, some tenths of a second) and then replayed.
     Raises ValueError, naming the argument, for what is not supported: models of different vocabularies or devices, in
-    training mode, with memory other than keys and values; empty prompts; more tokens than a context holds; NaN logits.
+    training mode, offloaded, with memory other than keys and values (see `causal`); empty prompts, embeddings instead
+    of tokens; more tokens than a context holds, or LongRoPE's change of factors in the midst of them; NaN logits.
     """
+    target, draft = unwrapped(target, "target"), unwrapped(draft, "draft")
     known = {*vars(GenerationConfig()), *_ARGUMENTS}
     if unknown := sorted(set(generation_kwargs) - known):
         raise ValueError(f"{', '.join(unknown)}: not supported; expected settings of GenerationConfig, "
                          f"{', '.join(_ARGUMENTS)}")
-    ids, mask = _read(inputs)
+    ids, mask = _read(inputs, target)
     ids = ids.to(target.device)
     config = generation_kwargs.get("generation_config") or target.generation_config
     stops = generation_kwargs.get("stop_strings", config.stop_strings)
@@ -150,7 +182,6 @@ def generate(target: PreTrainedModel, draft: PreTrainedModel, inputs: Tensor | M
         generation_kwargs["stop_strings"] = None
     hook = speculative_generation(draft, n_drafts=n_drafts, draft_length=draft_length, rule=rule, tree=tree, seed=seed,
                                   streamer=streamer, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer)
-    _check_pair(target, draft, tokenizer, draft_tokenizer)
     if mask is not None:
         generation_kwargs["attention_mask"] = mask.to(target.device)
     target.generate(ids, custom_generate=hook, **generation_kwargs)
@@ -177,14 +208,20 @@ class speculative_generation:
     def __call__(self, model: PreTrainedModel, input_ids: Tensor, logits_processor: Sequence[LogitsProcessor],
                  stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **model_kwargs: Any
                  ) -> Tensor:
-        _check_pair(model, self._draft, *self._tokenizers)
+        draft = unwrapped(self._draft, "draft")
+        if model.device != draft.device:
+            raise ValueError(f"draft is on {draft.device}, target on {model.device}: expected one device")
+        pair = causal(model, "target"), causal(draft, "draft")
+        check_vocabularies(*pair, *self._tokenizers)
         for name, neutral in _UNSUPPORTED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value not in neutral:
-                raise ValueError(f"{name}={value!r}: not supported by speculative decoding; expected it not to be set")
-        past = model_kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length():
-            raise ValueError(f"past_key_values holds {past.get_seq_length()} tokens: expected none")
+                raise ValueError(f"{name}={value!r}: not supported by speculative decoding; expected "
+                                 f"{' or '.join(map(repr, neutral)) or 'it not to be set'}")
+        if unusable := [type(p).__name__ for p in logits_processor if isinstance(p, _UNUSABLE)]:
+            raise ValueError(f"logits_processor holds {unusable[0]}, which has a memory or takes other rows: expected "
+                             f"functions of tokens and scores")
+        _check_handed_on(input_ids, model_kwargs)
         prompts = _unpadded(input_ids, model_kwargs.get("attention_mask"))
         if self._streamer is not None:
             if len(prompts) > 1:
@@ -192,16 +229,16 @@ class speculative_generation:
             self._streamer.put(input_ids.cpu())
         rule, grow, is_soft = self._plan[not generation_config.do_sample]
         padded = input_ids.tolist()
-        law = _Processed(logits_processor, padded, [len(p) for p in prompts], not generation_config.do_sample)
         n_tokens = _n_tokens(stopping_criteria, input_ids.shape[1])
-        models = [_Counted(causal(m, name), len(prompts)) for m, name in ((model, "target"), (self._draft, "draft"))]
-        for counted, prompt in ((c, p) for c in models for p in prompts):
-            _check_room(counted.model, prompt, n_tokens)
+        _check_tokens(prompts, pair[0].vocab_size)
+        eos = {int(token) for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id}
+        law = _Processed(logits_processor, padded, [len(p) for p in prompts], not generation_config.do_sample, eos)
+        models = [_Counted(each, len(prompts)) for each in pair]
         rng = Rng(self._seed, len(prompts))
         going = speculate(models[0].model, models[1].model, prompts, n_tokens, grow, rule,
                           [rng.uniforms(row) for row in range(len(prompts))], law=law,
-                          draft_law=law.softened() if is_soft else None, ends=_ends(stopping_criteria, padded))
-        with _fast(model, self._draft):
+                          draft_law=law.softened() if is_soft else None, ends=_ends(stopping_criteria, padded, eos))
+        with _fast(model, draft):
             self.generated = self._collect(going, models, input_ids, generation_config, stopping_criteria)
         return self.generated.sequences
 
@@ -234,12 +271,8 @@ class speculative_generation:
 def _fast(*modules: PreTrainedModel) -> AbstractContextManager[Any]:
     """Inference mode, a tenth faster than without gradients; not for models whose forward keeps buffers of its own, as
     rotary embeddings that adapt to the length do: these would be unfit for training afterwards."""
-    for module in modules:
-        told = getattr(module.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-        kinds = [told, *(part for part in told.values() if isinstance(part, dict))]  # or a set per kind of layer
-        if any(kind.get("rope_type", "default") in ("dynamic", "longrope") for kind in kinds):
-            return torch.no_grad()
-    return torch.inference_mode()
+    kinds = [kind["rope_type"] for module in modules for kind in rotations(module)]
+    return torch.no_grad() if {"dynamic", "longrope"} & set(kinds) else torch.inference_mode()
 
 
 def _plan(n_drafts: int, draft_length: int, rule: str | None, tree: Shape | Sequence[int] | str | None, is_greedy: bool
@@ -278,9 +311,10 @@ class _Processed:
     """The law that transformers' processors make of logits; one-hot at the largest score in greedy decoding."""
 
     def __init__(self, processors: Sequence[LogitsProcessor], prompts: list[list[int]], lengths: list[int],
-                 is_greedy: bool) -> None:
-        self._processors, self._is_greedy = list(processors), is_greedy
+                 is_greedy: bool, eos: set[int]) -> None:
+        self._processors, self._is_greedy, self._lengths, self._eos = list(processors), is_greedy, lengths, eos
         self._is_context_free = all(type(p) in _CONTEXT_FREE for p in self._processors)
+        self._is_row_free = all(type(p) in _ROW_FREE for p in self._processors)
         self._padding = [prompt[: len(prompt) - n] for prompt, n in zip(prompts, lengths, strict=True)]
 
     def softened(self) -> _Processed:
@@ -303,28 +337,37 @@ class _Processed:
         return probs
 
     def _in_context(self, logits: Tensor, contexts: list[tuple[int, list[int]]]) -> Tensor:
-        """Processors take tokens of one length, and may know each row's padding: a call per row and length."""
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        """Processors take tokens of one length, and may know each row's padding: a call per row and length, or, where
+        one may look for its row of the batch, a call per node, which all rows of the batch are then.
+
+        What follows an end is never written, and a constraint need not have an answer there.
+        """
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (row, tokens) in enumerate(contexts):
-            groups[row, len(tokens)].append(i)
-        scores = torch.empty_like(logits)
-        for (row, _), members in groups.items():
+            if self._eos.isdisjoint(tokens[self._lengths[row]:]):
+                groups[(row, len(tokens)) if self._is_row_free else (row, len(tokens), i)].append(i)
+        scores = logits.clone()
+        for (row, *_), members in groups.items():
+            own = slice(None)
+            if not self._is_row_free:
+                own, members = slice(row, row + 1), members * len(self._padding)
             ids = torch.tensor([self._padding[row] + contexts[i][1] for i in members], device=logits.device)
             part = logits[members]
             for process in self._processors:
-                if isinstance(process, RepetitionPenaltyLogitsProcessor):
-                    process = _of_row(process, row)
-                part = process(ids, part)
-            scores[members] = part
+                part = _of_row(process, row)(ids, part)
+            scores[members[own]] = part[own]
         return scores
 
 
-def _of_row(process: RepetitionPenaltyLogitsProcessor, row: int) -> RepetitionPenaltyLogitsProcessor:
-    ignored = process.prompt_ignore_length
-    if not isinstance(ignored, Tensor):
+def _of_row(process: LogitsProcessor, row: int) -> LogitsProcessor:
+    """For a batch that is one row of the true batch several times."""
+    if type(process) is PrefixConstrainedLogitsProcessor:
+        allowed = process._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    if type(process) is not RepetitionPenaltyLogitsProcessor or not isinstance(process.prompt_ignore_length, Tensor):
         return process
     made = copy.copy(process)
-    made.prompt_ignore_length = int(ignored[row])
+    made.prompt_ignore_length = int(process.prompt_ignore_length[row])
     return made
 
 
@@ -347,9 +390,10 @@ class _Counted:
         return taken
 
 
-def _ends(criteria: StoppingCriteriaList, padded: list[list[int]]) -> Callable[[int, list[int], int], int | None]:
-    """See `speculate`: after which of the new tokens the first of the criteria is met."""
-    eos = {int(token) for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id}
+def _ends(criteria: StoppingCriteriaList, padded: list[list[int]], eos: set[int]
+          ) -> Callable[[int, list[int], int], int | None]:
+    """See `speculate`: after which of the new tokens the first of the criteria is met. Criteria, too, may look for
+    their row of the batch, which all of its rows are then."""
     others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
 
     def ends(row: int, tokens: list[int], n_new: int) -> int | None:
@@ -357,15 +401,15 @@ def _ends(criteria: StoppingCriteriaList, padded: list[list[int]]) -> Callable[[
             if tokens[n - 1] in eos:
                 return n
             if others:
-                ids = torch.tensor([padded[row] + tokens[:n]])
-                if any(bool(torch.as_tensor(c(ids, None)).all()) for c in others):
+                ids = torch.tensor([padded[row] + tokens[:n]] * len(padded))
+                if any(bool(torch.as_tensor(c(ids, None)).expand(len(padded))[row]) for c in others):
                     return n
         return None
 
     return ends
 
 
-def _read(inputs: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _read(inputs: Tensor | Mapping[str, Any], target: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """input_ids and attention_mask, where there is one."""
     given: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
     if not isinstance(given.get("input_ids"), Tensor):
@@ -379,7 +423,26 @@ def _read(inputs: Tensor | Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: expected the shape of input_ids, "
                          f"{tuple(ids.shape)}")
+    kinds = given.get("token_type_ids")  # zeros come of tokenizers, and say nothing to models that do not take them
+    is_plain = kinds is None or not (kinds.any() or "token_type_ids" in signature(target.forward).parameters)
+    if unknown := sorted(set(given) - {"input_ids", "attention_mask"} - ({"token_type_ids"} if is_plain else set())):
+        raise ValueError(f"inputs holds {', '.join(unknown)}: expected input_ids and attention_mask only")
     return ids, mask
+
+
+def _check_handed_on(ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming it, for what transformers hands on and this does not honour."""
+    if unknown := sorted(name for name in set(given) - _HANDED_ON if given[name] is not None):
+        raise ValueError(f"{', '.join(unknown)}: not supported by speculative decoding; expected prompts as input_ids, "
+                         f"with attention_mask")
+    past = given.get("past_key_values")
+    if past is not None and past.get_seq_length():
+        raise ValueError(f"past_key_values holds {past.get_seq_length()} tokens: expected none")
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if positions is not None:
+        mask = torch.ones_like(ids) if mask is None else mask.ne(0).long()
+        if positions.shape != ids.shape or not ((positions - mask.cumsum(1) + 1) * mask == 0).all():
+            raise ValueError("position_ids: expected none, tokens are counted from the first that is no padding")
 
 
 def _unpadded(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
@@ -401,29 +464,7 @@ def _n_tokens(criteria: StoppingCriteriaList, n_prompt: int) -> int:
     return criteria.max_length - n_prompt
 
 
-def _check_room(model: LanguageModel, prompt: list[int], n_tokens: int) -> None:
-    if model.context is not None and len(prompt) + n_tokens > model.context:
-        raise ValueError(f"a prompt of {len(prompt)} and {n_tokens} new tokens are more than the context of the "
-                         f"{model.name}, {model.context}")
-    if model.name == "target" and not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-        raise ValueError(f"input_ids from {min(prompt)} to {max(prompt)}: expected 0 to {model.vocab_size - 1}")
-
-
-def _check_pair(target: PreTrainedModel, draft: PreTrainedModel, tokenizer: Any, draft_tokenizer: Any) -> None:
-    for name, model in (("target", target), ("draft", draft)):
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"{name} is a {type(model).__name__}: expected a causal model of transformers")
-        if model.training:
-            raise ValueError(f"{name} is in training mode, where dropout changes its laws: call {name}.eval() first")
-    if target.device != draft.device:
-        raise ValueError(f"draft is on {draft.device}, target on {target.device}: expected one device")
-    if tokenizer is not None and draft_tokenizer is not None:
-        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-        if differing := sorted((t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)), key=str)[:3]:
-            told = ", ".join(f"{t!r} is {ours.get(t)} and {theirs.get(t)}" for t in differing)
-            raise ValueError(f"draft_tokenizer: expected the vocabulary of tokenizer, but {told}")
-        return
-    sizes = [m.config.get_text_config(decoder=True).vocab_size for m in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > PADDING:
-        raise ValueError(f"draft has a vocabulary of {sizes[1]} tokens, target of {sizes[0]}: expected one tokenizer; "
-                         f"if it is the same, pass tokenizer and draft_tokenizer to show it")
+def _check_tokens(prompts: list[list[int]], vocab_size: int) -> None:
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if not 0 <= low <= high < vocab_size:
+        raise ValueError(f"input_ids from {low} to {high}: expected 0 to {vocab_size - 1}")

@@ -32,11 +32,11 @@ class Decoding:
 
     Answers are (n_samples, n_tokens, 2) integers: the token, and the number of the target pass that it came of, from 0;
     both are -1 after a sequence's end. Of the tokens of one pass the last is the target's own, the others are accepted
-    drafts. prompts(n) -> n lists of n_prompt token ids; sample i's never depends on n.
+    drafts. prompts(n) -> n lists of at most n_prompt token ids; sample i's never depends on n.
     judge(answer, None) -> {metric: Quality}. positions(draft name) -> the logits (m, V) of target and draft at the same
     m contexts, as the target writes them: what acceptance is measured on. text(tokens) -> what a person reads.
-    flops: {model: per position}; where attention makes it grow, of a prompt's last; runs are charged for what each pass
-    computes. end: the token that ends a sequence, or None.
+    flops: {model: per position}; where attention makes it grow, of the longest prompt's last; runs are charged for what
+    each pass computes, padding in a batch of unequal prompts too. ends: the tokens that end a sequence.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Decoding:
     flops: Mapping[str, float]
     reference: tuple[str, Mapping[str, Any]] = ("autoregressive", {})
     baseline: tuple[str, Mapping[str, Any]] = ("speculative", {})
-    end: int | None = None
+    ends: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32  # of the logits
     device: str = "cpu"
     preset: Mapping[str, Any] = field(default_factory=dict)  # knob values that suit this problem
@@ -81,7 +81,7 @@ class Decoding:
         """Samples have no labels."""
 
     def sizes(self, knobs: Mapping[str, Any]) -> dict[str, int]:
-        """What cost formulas may name beside the knobs: n_prompt, tokens of a prompt."""
+        """What cost formulas may name beside the knobs: n_prompt, tokens of the longest prompt (others are padded)."""
         return {"n_prompt": self.n_prompt}
 
     def wrapped(self, wrap: Callable[[str, Network], Network]) -> Decoding:
@@ -245,10 +245,10 @@ def total_variation(answer: Tensor, law: Tensor, first: int = FIRST) -> Quality:
                    df=one.df + other.df)
 
 
-def follow(model: LanguageModel, rows: Sequence[Sequence[int]], first: int = 1) -> Tensor:
-    """The logits (m, V) that foretell each token of these sequences, from their `first` on; one pass for each row."""
+def follow(model: LanguageModel, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> Tensor:
+    """The logits (m, V) that foretell each token of these sequences, from each one's first on; one pass per row."""
     parts = []
-    for row in rows:
+    for row, first in zip(rows, firsts, strict=True):
         given = list(row[:-1])
         ask = Ask(model.begin(1), [given], [list(range(-1, len(given) - 1))], [list(range(first - 1, len(given)))])
         parts.append(model.network(torch.tensor(given), ask)[0])

@@ -2,16 +2,18 @@
 
 Nothing here depends on a model's family: attention is told what to see by a float mask (a boolean one is silently
 misread by eager attention), positions are told by depth, and sliding windows are kept in the mask, over a full cache.
+Whether a model heeds both is tried out when it is first seen.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,15 +26,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROOM = 256  # positions by which a cache's buffers grow
+PADDING = 512  # rows by which models of one tokenizer may differ: sizes are rounded up for the hardware's sake
+# Share of the logits' deviation by which a tree's may differ from plain ones: rounding stays far below, a mask or a
+# position that is not heeded lies far above. In types of half the size rounding may send a token to another expert.
+_TOLERANCE = {torch.float64: 0.01, torch.float32: 0.01}
+_COARSE_TOLERANCE = 0.2
+
+_CHECKED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # module -> how it was when its passes were tried
 
 
-def causal(module: PreTrainedModel, name: str) -> LanguageModel:
-    """A causal model, in evaluation mode, as a LanguageModel. Logits are float32, on the model's device.
+def causal(module: Any, name: str) -> LanguageModel:
+    """A causal model of transformers, or of PEFT around one, as a LanguageModel. Logits are float32, on its device.
 
-    Raises ValueError by name for models whose memory is more than keys and values (state-space and linear-attention
-    layers), whose attention cannot take a mask (flash attention), that take no positions or no cache, or that are no
-    decoder-only models.
+    Raises ValueError by name for what `unwrapped` refuses, for models whose memory is more than keys and values
+    (state-space and linear-attention layers), whose attention cannot take a mask (flash attention), is local where the
+    configuration's layer_types do not say so, or biased by distance (ALiBi), that take no positions or no cache, that
+    are no decoder-only models; and where logits of a tiny tree are not those of plain passes. That is tried when a
+    module is first seen: three passes, of 3 x 6, 6 and 2 tokens.
     """
+    module = unwrapped(module, name)
     takes = signature(module.forward).parameters
     if getattr(module.config, "is_encoder_decoder", False) or not module.can_generate():
         raise ValueError(f"{name}: {type(module).__name__} is no decoder-only language model")
@@ -41,7 +53,14 @@ def causal(module: PreTrainedModel, name: str) -> LanguageModel:
     unknown = set(types or ()) - {"full_attention", "sliding_attention"}
     if unknown or getattr(module, "_is_stateful", False):
         told = f"layers of kind {', '.join(sorted(unknown))}" if unknown else f"{type(module).__name__}'s layers"
-        raise ValueError(f"{name}: {told} remember more than keys and values: expected full or sliding attention only")
+        raise ValueError(f"{name}: {told}, which may remember more than keys and values: expected full or sliding "
+                         f"attention only")
+    if getattr(config, "alibi", False):
+        raise ValueError(f"{name}: {type(module).__name__} has alibi=True, biases by distance in a sequence, which a "
+                         f"tree is not: expected positions that are told (rotary or learned ones)")
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise ValueError(f"{name}: {type(module).__name__} has attention_layers of kind 'local', whose window no mask "
+                         f"tells: expected full or sliding attention only")
     if missing := {"attention_mask", "position_ids", "past_key_values"} - takes.keys():
         raise ValueError(f"{name}: {type(module).__name__} takes no {', '.join(sorted(missing))}, which a tree needs")
     if getattr(config, "_attn_implementation", None) not in (None, "sdpa", "eager"):
@@ -52,6 +71,8 @@ def causal(module: PreTrainedModel, name: str) -> LanguageModel:
         types = ["full_attention" if window is None else "sliding_attention"]
     kinds = tuple(sorted(set(types)))
     n_embedded = module.get_input_embeddings().weight.shape[0]
+    context = getattr(config, "max_position_embeddings", None)
+    _try_out(module, name, kinds, window, context, n_embedded)
 
     def network(tokens: Tensor, ask: Ask) -> list[Tensor]:
         assert isinstance(ask.state, KeyValues)
@@ -67,9 +88,100 @@ def causal(module: PreTrainedModel, name: str) -> LanguageModel:
         recorded = recording(module, kinds)
         return KeyValues(n_rows, kinds, window, Layers(module, kinds) if recorded is None else Stack(module, recorded))
 
-    return LanguageModel(name, network, begin,
-                         module.get_output_embeddings().weight.shape[0],
-                         getattr(config, "max_position_embeddings", None), module)
+    # Dynamic NTK codes anew beyond the context, which is refused by itself.
+    bends = [kind["original_max_position_embeddings"] for kind in rotations(module) if kind["rope_type"] == "longrope"]
+    return LanguageModel(name, network, begin, module.get_output_embeddings().weight.shape[0], context,
+                         min(bends, default=None), module)
+
+
+def unwrapped(module: Any, name: str) -> PreTrainedModel:
+    """The model of transformers itself, which adapters of PEFT stay in, without PEFT's wrapper.
+
+    Raises ValueError, naming the model, for what is none, is in training mode, has weights elsewhere than where it
+    computes (offloaded by accelerate, or never loaded), or adapters that are no part of its layers (prompt learning).
+    """
+    from transformers import PreTrainedModel
+
+    adapters = getattr(module, "peft_config", None)
+    if adapters and hasattr(module, "get_base_model"):
+        for adapter, config in adapters.items():
+            if getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None):
+                raise ValueError(f"{name}: adapter {adapter!r} ({type(config).__name__}) acts on the prompt: expected "
+                                 f"adapters of layers only, such as LoRA")
+        module = module.get_base_model()
+    if not isinstance(module, PreTrainedModel):
+        raise ValueError(f"{name} is a {type(module).__name__}: expected a causal model of transformers")
+    if module.training:
+        raise ValueError(f"{name} is in training mode, where dropout changes its laws: call {name}.eval() first")
+    if any(map(_offloads, module.modules())) or any(p.is_meta for p in module.parameters()):
+        raise ValueError(f"{name} has weights on the meta device or offloaded by accelerate: expected all of them "
+                         f"where it computes, e.g. from_pretrained(...).to(device) without device_map")
+    return module
+
+
+def _offloads(part: Any) -> bool:
+    hook = getattr(part, "_hf_hook", None)
+    return any(getattr(h, "offload", False) or "Offload" in type(h).__name__ for h in getattr(hook, "hooks", (hook,)))
+
+
+def rotations(module: PreTrainedModel) -> list[dict[str, Any]]:
+    """The settings of rotary positions: none, one set, or one per kind of layer. Each has a "rope_type"."""
+    told = getattr(module.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return [kind for kind in (told, *told.values()) if isinstance(kind, dict) and "rope_type" in kind]
+
+
+def check_vocabularies(target: LanguageModel, draft: LanguageModel, tokenizer: Any = None, draft_tokenizer: Any = None
+                       ) -> None:
+    """Raises ValueError where a draft's tokens are not the target's: tokenizers differ or, unless both are given, the
+    models' numbers of logits, from each other or from the tokenizer's tokens, by more than PADDING."""
+    if tokenizer is not None and draft_tokenizer is not None:
+        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+        if differing := sorted((t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)), key=str)[:3]:
+            told = ", ".join(f"{t!r} is {ours.get(t)} and {theirs.get(t)}" for t in differing)
+            raise ValueError(f"draft_tokenizer: expected the vocabulary of tokenizer, but {told}")
+        return
+    for model in (target, draft):
+        if tokenizer is not None and model.vocab_size < len(tokenizer) - PADDING:
+            raise ValueError(f"tokenizer has {len(tokenizer)} tokens, {model.name} logits of {model.vocab_size}: "
+                             f"expected models of one tokenizer")
+    if abs(target.vocab_size - draft.vocab_size) > PADDING:
+        raise ValueError(f"{draft.name} has a vocabulary of {draft.vocab_size} tokens, {target.name} of "
+                         f"{target.vocab_size}: expected one tokenizer; if it is the same, pass tokenizer and "
+                         f"draft_tokenizer to show it")
+
+
+def _try_out(module: PreTrainedModel, name: str, kinds: tuple[str, ...], window: int | None, context: int | None,
+             n_embedded: int) -> None:
+    """Raises ValueError where logits of a tree, and those after one of its branches was kept, are not plain ones."""
+    now = kinds, window, module.config._attn_implementation, module.dtype, module.device
+    n_begin = min(4, 4 if context is None else context - 2)
+    if _CHECKED.get(module) == now or n_begin < 1:
+        return
+    *begin, a, b, c, d = [i % n_embedded for i in range(n_begin + 4)]
+    # Past the module's own hooks, which may count or print what users' passes are.
+    state = KeyValues(1, kinds, window, Layers(module, kinds, module.forward))
+    parents, last = [*range(-1, n_begin - 1)], n_begin - 1
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            (first,) = state.forward(module, Ask(state, [[*begin, a, b]], [[*parents, last, last]],
+                                                 [[last, last + 1, last + 2]]), n_embedded)
+            state.keep([[*range(n_begin), n_begin + 1]])
+            (second,) = state.forward(module, Ask(state, [[c, d]], [[-1, -1]], [[0, 1]]), n_embedded)
+            rows = torch.tensor([[*begin, a, a], [*begin, b, c], [*begin, b, d]], device=module.device)
+            logits = module.forward(input_ids=rows, use_cache=False).logits
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"{name}: {type(module).__name__} cannot pass over a tree of tokens: {error}") from error
+    right = logits[[0, 0, 1, 1, 2], [last, last + 1, last + 1, last + 2, last + 2]].float()
+    if right.isnan().any():
+        return  # no matter of the tree: whoever decodes refuses them
+    allowed = max(_TOLERANCE.get(dtype, _COARSE_TOLERANCE) for dtype in (module.dtype, logits.dtype))
+    deviation = (torch.cat([first, second]) - right).norm(dim=1)
+    spread = (right - right.mean(dim=1, keepdim=True)).norm(dim=1)
+    if not bool((deviation <= allowed * spread).all()):
+        raise ValueError(f"{name}: {type(module).__name__}'s logits of a tree of tokens differ from plain passes by "
+                         f"{float((deviation / spread).max()):.0%} of their deviation: its attention heeds no mask or "
+                         f"no positions that it is given")
+    _CHECKED[module] = now
 
 
 class KeyValues:
@@ -105,6 +217,8 @@ class KeyValues:
         np.minimum(ids, n_embedded - 1, out=ids)
         lengths = self._kept.sum(1, keepdims=True)
         positions = lengths + self._depths[:, old:]
+        for row, given in enumerate(ask.tokens):
+            positions[row, len(given):] = 0  # of what only pads: after a row that fills the context there is none
         device = module.device
         wanted = sorted(set(chain.from_iterable(ask.asked)))
         with torch.no_grad():
@@ -173,12 +287,12 @@ class KeyValues:
 
 
 class Layers:
-    """Keys and values in a cache of transformers, for passes by the module itself."""
+    """Keys and values in a cache of transformers, for passes by the module itself. call: instead of module(...)."""
 
-    def __init__(self, module: Any, kinds: tuple[str, ...]) -> None:
+    def __init__(self, module: Any, kinds: tuple[str, ...], call: Callable[..., Any] | None = None) -> None:
         from transformers import DynamicCache
 
-        self._module, self._kinds = module, kinds
+        self._call, self._kinds = call or module, kinds
         self._keeps_logits = "logits_to_keep" in signature(module.forward).parameters
         self._cache = DynamicCache()
         self._cache.layer_class_to_replicate = _buffer_class()
@@ -186,7 +300,7 @@ class Layers:
     def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, masks: list[Tensor]) -> Tensor:
         """Logits (B, n_wanted, V); the tokens' keys and values are added."""
         keep = {"logits_to_keep": wanted} if self._keeps_logits else {}
-        out = self._module(
+        out = self._call(
             input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, **keep,
             attention_mask=dict(zip(self._kinds, masks, strict=True)) if len(masks) > 1 else masks[0])
         return out.logits if self._keeps_logits else out.logits[:, wanted]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -50,6 +50,7 @@ class LanguageModel:
     """A next-token model. network(tokens (n,) of all rows, Ask) -> logits (n_asked, V), one tensor per row.
 
     begin(n_rows) -> State, empty. context: the most positions it can take in, None where there is no such bound.
+    bend: a number of positions beyond which it codes all of them anew (LongRoPE), so that no sequence may cross it.
     module: the torch module behind it, where there is one.
     """
 
@@ -58,7 +59,30 @@ class LanguageModel:
     begin: Callable[[int], State]
     vocab_size: int
     context: int | None = None
+    bend: int | None = None
     module: Any = field(default=None, compare=False, repr=False)
+
+    def room(self, lengths: Sequence[int]) -> float:
+        """The most new tokens after prompts of these lengths in one batch, infinite where nothing bounds them. The last
+        new token is never read, so a prompt that fills the context has room for one."""
+        longest = max(lengths)
+        room = math.inf if self.context is None else self.context - longest + 1
+        if self.bend is not None and min(lengths) <= self.bend:
+            room = min(room, self.bend - longest + 1)
+        return max(room, 0)
+
+
+def check_room(target: LanguageModel, draft: LanguageModel | None, lengths: Sequence[int], n_tokens: int) -> None:
+    """Raises ValueError where n_tokens new tokens after prompts of these lengths, in one batch, are more than either
+    model has room for. A draft takes in one less than the target: what it drafts last it does not read."""
+    for model, n_unread in ((target, 0), (draft, 1)):
+        if model is None or n_tokens <= (room := model.room(lengths) + n_unread):
+            continue
+        is_bent = model.bend is not None and room < replace(model, bend=None).room(lengths) + n_unread
+        why = (f"it codes positions anew beyond original_max_position_embeddings={model.bend}, which no text of a "
+               f"batch may cross" if is_bent else f"its context is {model.context}")
+        raise ValueError(f"n_tokens={n_tokens}: after a prompt of {max(lengths)}, {model.name} has room for {room:g}, "
+                         f"as {why}")
 
 
 class Session:
@@ -126,13 +150,15 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
     tokens the sequence has if it ends here, else None.
     Cost: per block and row, one target pass of n_nodes + 1 tokens (the first also takes in the prompt) and one draft
     pass per level of the tree. Nobody drafts beyond the end: a tree is at most as deep as tokens are wanted, less one.
-    Raises ValueError where a prompt is empty, n_tokens is below 1, or a model's logits hold NaN.
+    Raises ValueError where a prompt is empty, n_tokens is below 1, a model has no room for them (see `check_room`), or
+    its logits hold NaN.
     """
     if n_tokens < 1:
         raise ValueError(f"n_tokens={n_tokens!r}: expected at least 1")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty: expected at least one token")
+    check_room(target, draft, [len(prompt) for prompt in prompts], n_tokens)
     rows = range(len(prompts))
     done: list[list[int]] = [[] for _ in rows]
     active = set(rows)
@@ -144,7 +170,7 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
         joined = torch.cat(logits) if len(logits) > 1 else logits[0]
         if joined.isnan().any():
             raise ValueError(f"the logits of {model.name} hold NaN")
-        probs = law(_fitted(joined, target.vocab_size), contexts)
+        probs = law(fitted(joined, target.vocab_size), contexts)
         return np.split(probs, np.cumsum([len(part) for part in logits])[:-1])
 
     while active:
@@ -196,7 +222,7 @@ def speculate(target: LanguageModel, draft: LanguageModel | None, prompts: Seque
         yield blocks
 
 
-def _fitted(logits: Tensor, vocab_size: int) -> Tensor:
+def fitted(logits: Tensor, vocab_size: int) -> Tensor:
     """Logits (n, V) cut to, or filled up with impossible tokens to, (n, vocab_size): models of one tokenizer may differ
     in rows that no token uses."""
     spare = vocab_size - logits.shape[1]

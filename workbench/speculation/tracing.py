@@ -121,6 +121,32 @@ def fingerprint(module: PreTrainedModel) -> list[Any] | None:
     return state
 
 
+def changes(module: nn.Module) -> list[Any]:
+    """Another list after a change in place, to compare with ==: parts, hooks and attributes (mode, adapters that are
+    active, scales) and those of configurations; weights moved, replaced, or written by functions of torch.
+
+    Not told are values written past torch's count of versions (`.data`), buffers that are not saved, which some forward
+    passes write, and what an object of another class than torch's and transformers' holds. About as quick as
+    `fingerprint`, and there for every module.
+    """
+    state: list[Any] = []
+    told: dict[int, Any] = {}  # configurations, which parts share; other values are told anew for each part
+    for part in module.modules():
+        attributes = vars(part)
+        state += id(part), type(part), *(id(hook) for held in HOOKS for hook in attributes[held].values())
+        for held in ("_parameters", "_buffers"):
+            state += [(name, id(w), w.data_ptr(), None if w.is_inference() else w._version)
+                      for name, w in attributes[held].items()
+                      if w is not None and name not in part._non_persistent_buffers_set]
+        for name, value in attributes.items():
+            if name not in PASSED_OVER and name != "warnings_issued" and not isinstance(value, Tensor):
+                try:
+                    state += name, _plain(value, told if name == "config" else {})
+                except _Unknown:
+                    state += name, id(value)
+    return state
+
+
 class _Unknown(Exception):
     """An attribute of which it cannot be told when it changes."""
 

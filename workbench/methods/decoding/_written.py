@@ -38,19 +38,14 @@ def written(problem: Decoding, rng: Rng, n_tokens: int, law: Warp, *, model: Lan
 
     info: i, and blocks {sample: Block} of the samples still going. model: in the target's place. is_varied: the drafts
     of a position are different tokens; at temperature 0, whose law has only one, they come of the law at temperature 1.
-    Raises ValueError where prompt and tokens do not fit a model's context, and what `speculate` raises.
+    Raises what `speculate` raises, such as ValueError where prompt and tokens do not fit a model's context.
     """
     model = problem.target if model is None else model
-    for each in (model, draft):
-        if each is not None and each.context is not None and problem.n_prompt + n_tokens > each.context:
-            raise ValueError(f"n_tokens={n_tokens}: after a prompt of {problem.n_prompt}, {each.name} has room for "
-                             f"{each.context - problem.n_prompt}")
     state = torch.full((rng.n_samples, n_tokens, 2), -1, dtype=torch.int64, device=problem.device)
     n_done = [0] * rng.n_samples
 
     def ends(row: int, tokens: list[int], n_new: int) -> int | None:
-        new = tokens[len(tokens) - n_new:]
-        return len(tokens) - n_new + new.index(problem.end) + 1 if problem.end in new else None
+        return next((n + 1 for n in range(len(tokens) - n_new, len(tokens)) if tokens[n] in problem.ends), None)
 
     going = speculate(model, draft, problem.prompts(rng.n_samples), n_tokens, grow, rule,
                       [rng.uniforms(i) for i in range(rng.n_samples)], law=law, ends=ends,
