@@ -1,6 +1,6 @@
 """Sampling Workbench: how few steps, how small a model, how many drafts, and what does it cost?"""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from workbench import methods
 from workbench.cost import Cost, Timing

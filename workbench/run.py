@@ -187,6 +187,11 @@ def inputs(method: str | Method, problem: Problem, seed: int = 0, n_samples: int
     return Inputs(method.name, problem.name, problem.digest, code, seed, n_samples, method.check(knobs))
 
 
+def check(problem: Problem) -> None:
+    """Ask the problem, where it can tell, whether its models are still those of its digest. Raises what it raises."""
+    getattr(problem, "check", lambda: None)()
+
+
 def run(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, *,
         stop: Callable[[], bool] = lambda: False, on_step: Callable[[Step], object] | None = None, **knobs: Any) -> Run:
     """Run a method on a problem: validate, drain its generator, meter its evaluations, judge its answer.
@@ -196,6 +201,7 @@ def run(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 
     ValueError where the answer is not finite, and JudgeError, which holds the run, where the judge fails.
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
+    check(problem)
     meter = Meter(problem.flops)
     answer = _drain(given, problem, meter, stop, on_step)
     if not bool(torch.isfinite(answer).all()):
@@ -230,6 +236,7 @@ def timed(method: str | Method, problem: Problem, seed: int = 0, n_samples: int 
     stop() is asked after every step; once true, Cancelled is raised. Raises what `run` raises.
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
+    check(problem)
     return measure(lambda meter: _drain(given, problem, meter, stop, None), problem.flops, repeats=repeats)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workbench.cost import Network
-from workbench.run import Cancelled, Inputs, Problem, Run, inputs, run
+from workbench.run import Cancelled, Inputs, Problem, Run, check, inputs, run
 from workbench.store import Store
 
 _log = logging.getLogger(__name__)
@@ -267,6 +267,7 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
         if item.digest != problem.digest:
             raise ValueError(f"inputs of {item.problem!r} ({item.digest}): expected those of {problem.name!r} "
                              f"({problem.digest})")
+    check(problem)
     memo = memo if memo is not None else Memo()
     done: dict[str, Run] = {}
     failed: list[BaseException] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,14 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.models.attention_processor import AttnProcessor
 from integrations import tiny_pipelines as tiny
 from torch import nn
 
+import workbench as wb
 from workbench.problems.fingerprint import digest_of_modules, digest_of_values
 from workbench.problems.pipelines import digest_of, from_pipelines
+from workbench.problems.skipping import skippable, skipping
 from workbench.quality import Quality
 
 
@@ -223,3 +227,41 @@ def test_embedded_guidance_is_in_the_digest(text_pipeline: Any) -> None:
         return from_pipelines(pipe, conditions=["fox"], embedded_guidance=weight).digest
 
     assert made(None) == made(7.5) != made(8.0)
+
+
+def _weights(part: str) -> Callable[[Any], Any]:
+    def change(pipe: Any) -> None:
+        with torch.no_grad():
+            next(getattr(pipe, part).parameters()).mul_(1.01)
+
+    return change
+
+
+IN_PLACE: dict[str, Callable[[Any], Any]] = {
+    "weights": _weights("unet"), "weights of the VAE": _weights("vae"), "mode": lambda pipe: pipe.unet.train(),
+    "precision": PARTS["precision"], "FreeU": PARTS["FreeU"], "processors": lambda pipe: pipe.unet.set_attn_processor(
+        AttnProcessor()), "a hook": lambda pipe: pipe.unet.mid_block.register_forward_hook(lambda *_: None),
+    "a method": lambda pipe: setattr(pipe.unet.mid_block, "forward", pipe.unet.mid_block.forward),
+}
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_models_that_changed_in_place_are_refused(what: str, text_pipeline: Any) -> None:
+    pipe, memo = text_pipeline(), wb.Memo()
+    problem = from_pipelines(pipe, conditions=["fox"], height=32, width=32)
+    knobs = {"seed": 1, "n_samples": 1, "n_steps": 2, "guidance": 1.0}
+    shared = problem.wrapped(memo.wrap)
+    before = wb.run("ddim", shared, **knobs)
+    problem.images(before.answer)
+    pipe("fox", num_inference_steps=2, output_type="pil", height=32, width=32)
+    with skipping(pipe.unet, skippable(pipe.unet)[:1]):
+        wb.run("ddim", problem, **knobs)  # all this changes nothing
+    IN_PLACE[what](pipe)
+    uses: dict[str, Callable[[], object]] = {
+        "run": lambda: wb.run("ddim", shared, **knobs), "timed": lambda: wb.timed("ddim", problem, **knobs, repeats=1),
+        "together": lambda: wb.together(problem, [before.inputs])}
+    for use in uses.values():
+        with pytest.raises(ValueError, match=r"(m1|the VAE) has changed since this problem was made"):
+            use()
+    unguarded = replace(shared, check=lambda: None)  # the broken twin tells the old model's answer
+    assert torch.equal(wb.run("ddim", unguarded, **knobs).answer, before.answer)

@@ -453,6 +453,7 @@ class Denoising:
     reference and baseline: (method, knobs) of the full budget and of the cheap rival.
     data(n, seed) -> (n, *shape), n samples of the true law, where it can be drawn from.
     is_latent: states are an autoencoder's codes, of no known range.
+    check() raises ValueError where the models are no longer what the digest says; runs ask it before they start.
     """
 
     name: str
@@ -473,6 +474,7 @@ class Denoising:
     code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
     data: Callable[[int, int], Tensor] | None = None
     is_latent: bool = False
+    check: Callable[[], None] = lambda: None
     family = "denoising"
     remembers = False  # a network's output follows from its arguments alone: runs can share evaluations
 

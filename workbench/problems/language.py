@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from workbench.problems.decoding import Decoding, efficiency, follow, surprise
-from workbench.problems.fingerprint import digest_of_modules, digest_of_values
+from workbench.problems.fingerprint import Unchanged, digest_of_modules, digest_of_values
 from workbench.quality import Drawn, Quality
 from workbench.rng import Rng
 from workbench.speculation.causal import causal, check_vocabularies, flops_per_token
 from workbench.speculation.engine import LanguageModel, State, check_room, fitted, speculate
-from workbench.speculation.tracing import changes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +75,7 @@ def from_models(target: Any, drafts: Any | Sequence[Any], tokenizer: PreTrainedT
     (penalties, top_p) is left out: knobs say it. draft_tokenizer: the drafts' own, where their numbers of logits are
     not the target's: its vocabulary must be the tokenizer's.
     Judged by tokens per target pass and by the target's surprise. Nothing is moved, changed or downloaded, and models
-    must stay as they are: where weights, adapters, mode or hooks have changed in place (see `tracing.changes`), runs
+    must stay as they are: where weights, adapters, mode or hooks have changed in place (`fingerprint.Unchanged`), runs
     and acceptance are refused. The digest is of weights, configurations, adapters, prompts and ends, and takes .9 s per
     GB of weights.
     Raises ValueError, by name, where there is no prompt, one is empty, nothing of the above or no token of the target,
@@ -165,16 +164,11 @@ def _problem(name: str, models: list[LanguageModel], tokenizer: Any, prompts: Ca
     drop-in of tokenizers."""
     bare = {model.name: model for model in models}
     *drafts, target = models
-    made = {model.name: changes(model.module) for model in models}
-
-    def check(model: LanguageModel) -> None:
-        if changes(model.module) != made[model.name]:
-            raise ValueError(f"{model.name} has changed since this problem was made (weights, adapters, mode, hooks or "
-                             f"device), and its digest and figures are of what it was: make the problem anew")
+    unchanged = Unchanged({model.name: model.module for model in models})
 
     def guarded(model: LanguageModel) -> LanguageModel:
         def begin(n_rows: int) -> State:
-            check(model)
+            unchanged(model.name)
             return model.begin(n_rows)
 
         return replace(model, begin=begin)
@@ -185,7 +179,7 @@ def _problem(name: str, models: list[LanguageModel], tokenizer: Any, prompts: Ca
         return {**efficiency(answer, drawn), "surprise": surprise(answer, log_probs, drawn)}
 
     def log_probs(rows: list[list[int]]) -> list[Tensor]:
-        check(target)
+        unchanged(target.name)
         out = []
         for prompt, row in zip(prompts(len(rows)), rows, strict=True):
             laws = torch.log_softmax(follow(target, [[*prompt, *row]], [len(prompt)]).double(), dim=1)
@@ -193,8 +187,7 @@ def _problem(name: str, models: list[LanguageModel], tokenizer: Any, prompts: Ca
         return out
 
     def positions(draft: str) -> tuple[Tensor, Tensor]:
-        check(target)
-        check(bare[draft])
+        unchanged(target.name, draft)
         return _positions(draft)
 
     @cache

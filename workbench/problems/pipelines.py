@@ -24,7 +24,7 @@ from workbench.problems.driving import (
     in_parts,
     part_of,
 )
-from workbench.problems.fingerprint import digest_of_modules, digest_of_values
+from workbench.problems.fingerprint import Unchanged, digest_of_modules, digest_of_values
 from workbench.quality import Quality
 
 __all__ = ["Memory", "decode", "digest_of", "digest_of_modules", "from_pipelines", "memory", "to_uint8"]
@@ -112,6 +112,8 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
         [guidance_input(p, embedded_guidance) for p in pipelines], [_levels(p) for p in pipelines],
         [_words(p, asked) for p in pipelines], [_configs(p, host) for p in pipelines])
     settings = [denoiser(p) for p in pipelines] + [getattr(host, "vae", None)]
+    vae = settings[-1]  # a half one may be widened for a moment to decode
+    decoder = {} if vae is None or vae.dtype == torch.float16 else {"the VAE": vae}
     return Denoising(
         name=name, digest=digest_of_values(whole, settings, weights=False), schedule=schedule, models=models,
         shape=shape, labels=labels, judge=judge or (lambda answer, labels: {}),
@@ -120,6 +122,7 @@ def from_pipelines(*pipelines: Any, conditions: Sequence[int] | Sequence[str], n
         baseline=("ddim", {"model": "cheapest", **preset}),
         images=lambda latents: to_uint8(decode(host, latents, max_rows)), device=device, preset=preset,
         is_latent=getattr(host, "vae", None) is not None,
+        check=Unchanged({m.name: m.module for m in models if m.module is not None} | decoder),
         source=source or source_of(copied, guidance, name), code=script_of(copied),
     )
 

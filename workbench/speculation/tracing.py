@@ -126,7 +126,8 @@ def changes(module: nn.Module) -> list[Any]:
     active, scales) and those of configurations; weights moved, replaced, or written by functions of torch.
 
     Not told are values written past torch's count of versions (`.data`), buffers that are not saved, which some forward
-    passes write, and what an object of another class than torch's and transformers' holds. About as quick as
+    passes write, what is marked as there for a moment only (`is_passing`), and what an object of another class than
+    torch's and transformers' holds. About as quick as
     `fingerprint`, and there for every module.
     """
     state: list[Any] = []
@@ -134,12 +135,15 @@ def changes(module: nn.Module) -> list[Any]:
     for part in module.modules():
         attributes = vars(part)
         state += id(part), type(part), *(id(hook) for held in HOOKS for hook in attributes[held].values())
+        # diffusers' registry is made by its pipelines in passing; what it holds is what counts
+        state += map(id, getattr(attributes.get("_diffusers_hook"), "hooks", {}).values())
         for held in ("_parameters", "_buffers"):
             state += [(name, id(w), w.data_ptr(), None if w.is_inference() else w._version)
                       for name, w in attributes[held].items()
                       if w is not None and name not in part._non_persistent_buffers_set]
         for name, value in attributes.items():
-            if name not in PASSED_OVER and name != "warnings_issued" and not isinstance(value, Tensor):
+            if name not in PASSED_OVER and name not in ("warnings_issued", "_diffusers_hook") and not isinstance(
+                    value, Tensor) and not getattr(value, "is_passing", False):
                 try:
                     state += name, _plain(value, told if name == "config" else {})
                 except _Unknown:
