@@ -446,8 +446,8 @@ class ScheduleEditor(Live):
             with self._change:
                 if generation == self._generation:
                     self._error = error
-                    self._change.notify_all()
-            self._publish_view()
+                self._publish_view()
+                self._change.notify_all()
         return 0.0
 
     def _wanted(self) -> dict[str, tuple[str, int]]:

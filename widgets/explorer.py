@@ -44,6 +44,7 @@ HERE = Path(__file__).parent
 PAST = 200  # settings that can be undone
 MAX_RUNS, MAX_RUN_BYTES = 1000, 64_000_000  # remembered; a store keeps all
 QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
+SELDOM = 1.0  # seconds between two frontiers while idle work goes on: each holds all points
 FRAME = 1 / 30  # seconds between two previews of one run
 BATCH = 25  # samples per batch of a long score
 SAME = 5  # steps after which steps that depend on the data have parted
@@ -112,7 +113,7 @@ class Explorer(Live):
         self._status, self._notice, self._ack = "", "", ""
         self._error: BaseException | None = None
         self._open("explorer", {"view": {}, "frontier": {}, "frame": b"", "pinned": b"", "reply": {}})
-        self._revision, self._frontier_is_old = 0, False
+        self._revision, self._frontier_is_old, self._frontier_at = 0, False, -math.inf
         self._touched, self._is_idle = 0.0, False
         self.run: Run | None = None
         self.inputs = self._start = self._inputs(self.methods[0], seed, n_samples, {})
@@ -150,6 +151,8 @@ class Explorer(Live):
         if self.is_headless:
             while idle and (task := self._task()):
                 task(lambda: False)
+            if self._frontier_is_old:
+                self._publish_frontier()
             return
         with self._change:
             ready = self._change.wait_for(
@@ -284,7 +287,7 @@ class Explorer(Live):
 
     def _publish_frontier(self, stop: Stop | None = None) -> None:
         with self._change:
-            self._frontier_is_old = False
+            self._frontier_is_old, self._frontier_at = False, time.monotonic()
             self._outbox.put("frontier", self._frontier())
 
     # ---------------------------------------------------------------- settings
@@ -393,7 +396,7 @@ class Explorer(Live):
                     task = self._task() if self._error is None else None
                 except Exception as error:  # of what nobody asked for: said, and idle work ends here
                     self._idle_fault(error)
-                if self._frontier_is_old:
+                if self._frontier_is_old and (task is None or time.monotonic() - self._frontier_at > SELDOM):
                     task = self._publish_frontier
                 if task is None:
                     if not self._is_idle:
@@ -410,8 +413,8 @@ class Explorer(Live):
             with self._change:
                 if generation == self._generation:
                     self._error = error
-                    self._change.notify_all()
-            self._publish_view()
+                self._publish_view()
+                self._change.notify_all()
         return 0.0
 
     def _idle_fault(self, error: Exception) -> None:
@@ -431,14 +434,15 @@ class Explorer(Live):
                 with self._change:
                     self.run = error.run
                 raise
-        if self.inputs == wanted:  # also where something woke the worker without asking for other settings
-            self._publish("frame", self._frame(run))
+        frame = self._frame(run)
         with self._change:
+            if self.inputs == wanted:  # also where something woke the worker without asking for other settings
+                self._outbox.put("frame", frame)
             self.run = self._keep(run)
             self._status = ""
-            self._change.notify_all()
-        self._publish_view()
-        self._frontier_is_old = True  # drawn anew once the hand rests
+            self._frontier_is_old = True  # drawn anew once the hand rests
+            self._publish_view()
+            self._change.notify_all()  # those who wait see all of it
 
     def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
         drawn, interval = -math.inf, FRAME
@@ -491,8 +495,11 @@ class Explorer(Live):
             self._preview(wanted, (kept or steps)[-1])
 
     def _preview(self, wanted: Inputs, step: Step) -> None:
-        """Show the data estimate of a step."""
-        self._publish("frame", self._frame(wanted, self._picture(step.info["x0"]), step.info["i"] + 1))
+        """Show the data estimate of a step, unless the other thread was quicker and has shown where it leads."""
+        frame = self._frame(wanted, self._picture(step.info["x0"]), step.info["i"] + 1)
+        with self._change:
+            if self.inputs == wanted and not self._is_shown:
+                self._outbox.put("frame", frame)
 
     def _task(self) -> Callable[[Stop], None] | None:
         """The next useful thing while nobody asks: a long score, the rivals, the time, neighbouring settings."""
@@ -545,7 +552,7 @@ class Explorer(Live):
             return
         with self._change:
             self._keep(run)
-        self._publish_frontier()
+            self._frontier_is_old = True
         if wanted == self._rival("reference", self.inputs):
             self._publish_view()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,26 @@ def test_a_mark_moves_by_mouse_and_by_key_and_samples_and_errors_follow(show: ob
     panel.get_by_test_id("undo").click()
     expect(mark).to_have_attribute("aria-valuenow", value(was), timeout=SOON)  # the whole drag was one step
     assert_local(traffic)
+
+
+def test_a_long_drag_does_not_hang_the_kernel(show: object, page: Page) -> None:
+    """A minute and a half of moves, each of which the worker answers while the next is on its way."""
+    panel = show("schedule_editor(two_dim(), n_steps=6, n_samples=100)")
+    mark = panel.get_by_test_id("handle-3")
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    x, y, end, k = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, time.monotonic() + 90, 0
+    page.mouse.move(x, y)
+    page.mouse.down()
+    while time.monotonic() < end:
+        k += 1
+        page.mouse.move(x + 40 * math.sin(k / 9), y)
+        page.wait_for_timeout(25)
+    page.mouse.up()
+    was, before = level(mark), picture(panel)
+    mark.press("ArrowLeft")
+    expect(mark).to_have_attribute("aria-valuenow", value(was - 0.05), timeout=SOON)
+    expect_picture_changes(panel, before)
 
 
 def test_orders_and_predictions_are_chosen_by_key_and_menu_and_refused_with_a_reason(show: object, page: Page) -> None:
