@@ -289,6 +289,7 @@ def test_what_cannot_be_a_design_is_refused():
 
 def test_figures_read_like_figures():
     assert str(Quality(1.0, 0.0277777, 17)) == "1.000 +- 0.028 (n = 17)"
+    assert str({"accuracy": Quality(1.0, 0.0277777, 17)}) == "{'accuracy': 1.000 +- 0.028 (n = 17)}"
     assert str(Quality(145.2, 61.3, 144)) == "145 +- 61 (n = 144)"
     assert str(Quality(0.0, 0.0, 6)) == "0.0 +- 0.0 (n = 6)"
     assert str(Quality(0.5, math.nan, 1)) == "0.5 (n = 1, no error)"

@@ -97,7 +97,7 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
     costs = [getattr(p, cost) for p in [*points, *rivals]] or [1.0]
     low, high = min(costs) / 1.3, max(costs) * 1.3
     overlay = hv.Overlay(layers).opts(
-        hv.opts.Overlay(logx=True, title=title or f"{m.label} against cost", fig_inches=7, xlim=(low, high),
+        hv.opts.Overlay(logx=True, title=_literal(title or f"{m.label} against cost"), fig_inches=7, xlim=(low, high),
                         xticks=_log_ticks(low, high), **_LOOK, legend_position="best",
                         **(_log_axis("y", [p.value for p in [*points, *rivals]]) if log_y else {})))
     return Figure(overlay, pd.DataFrame(rows))
@@ -144,7 +144,7 @@ def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_
         if guides and drawn:
             spans["x"].append(1.6 * max(spans["x"]))  # room for their names
         scales = {k: v for axis in log for k, v in _log_axis(axis, spans[axis]).items()}
-        title = "\n".join(textwrap.wrap(heading, 38)) if published else heading  # two stand side by side
+        title = _literal("\n".join(textwrap.wrap(heading, 38)) if published else heading)  # two stand side by side
         return hv.Overlay(layers).opts(hv.opts.Overlay(title=title, fig_inches=5, padding=0.06, **_LOOK, **scales,
                                                        legend_position=_key_place(len(data) - len(guides))))
 
@@ -180,6 +180,11 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
 
 def _marked(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "s": 45}
+
+
+def _literal(title: str) -> str:
+    """A title that HoloViews, which takes it for a template, shows as it is."""
+    return title.replace("{", "{{").replace("}", "}}")
 
 
 def _key_place(n_entries: int) -> str:

@@ -77,3 +77,13 @@ def test_one_value_on_a_logarithmic_axis_has_a_tick_beside_it(value):
     """No tick at all is what the drawing library cannot draw."""
     assert _log_ticks(value / 1.3, value * 1.3)
     curve_plot({"one": [(value, value, 0.0)]}, x_label="x", y_label="y", log="xy").render("svg")
+
+
+@pytest.mark.parametrize("title", ["{x}", "{position.__class__}", "100 % {", "}"])
+def test_a_title_is_no_template(title):
+    figure = curve_plot({"one": [(1, 1, 0.0)]}, x_label="x", y_label="y", title=title, published={"p": [(1.0, 2.0)]},
+                        published_title=title)
+    points = wb.points([wb.run("ddim", two_modes(), 0, 500, n_steps=k) for k in (2, 3)], "wasserstein_1")
+    for made, times in ((figure, 2), (frontier_plot(points, "wasserstein_1", title=title), 1)):
+        shown = [axes.get_title() for axes in hv.render(made.element, backend="matplotlib").axes]
+        assert shown.count(title) == times

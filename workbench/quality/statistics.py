@@ -33,7 +33,7 @@ class Quality:
     """One figure: value, standard error (nan where it cannot be had), samples n, and the interval at LEVEL.
 
     df: degrees of freedom of the standard error (default n - 1). low, high: by default value -+ t_df stderr.
-    Text: `str(quality)` is "1.000 +- 0.028 (n = 17)", the standard error to two digits.
+    Text, in containers too: `str(quality)` is "1.000 +- 0.028 (n = 17)", the standard error to two digits.
     """
 
     value: float
@@ -71,6 +71,8 @@ class Quality:
         if digits > 6 or abs(self.value) >= 1e6:
             return f"{self.value:.4g} +- {self.stderr:.2g} (n = {self.n})"
         return f"{self.value:.{digits}f} +- {self.stderr:.{digits}f} (n = {self.n})"
+
+    __repr__ = __str__  # so that a dict of figures prints as a person reads them
 
 
 @dataclass(frozen=True)
