@@ -125,6 +125,22 @@ def test_stop_is_heeded_after_the_very_step(after):
     assert [s.info["i"] for s in seen] == list(range(after))
 
 
+def test_stop_is_heeded_before_the_very_call():
+    """Steps of a corrector with 10 calls each: none of them is waited for."""
+    asked, base = [], two_modes()
+
+    def watch(name, network):
+        def counted(*rows):
+            asked.append(name)
+            return network(*rows)
+        return counted
+
+    with pytest.raises(Cancelled):
+        run("score_sde", base.wrapped(watch), n_samples=2, n_steps=9, corrector="langevin", n_corrector=10,
+            stop=lambda: len(asked) >= 3)
+    assert len(asked) == 3
+
+
 def test_an_answer_that_is_not_finite_is_an_error():
     base = two_modes()
     broken = base.wrapped(lambda name, network: lambda x, t, labels: network(x, t, labels) * math.nan)

@@ -196,9 +196,10 @@ def run(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 
         stop: Callable[[], bool] = lambda: False, on_step: Callable[[Step], object] | None = None, **knobs: Any) -> Run:
     """Run a method on a problem: validate, drain its generator, meter its evaluations, judge its answer.
 
-    stop() is asked after every step; once true, Cancelled is raised and nothing is recorded. on_step(step) sees each
-    step. Costs what the method's docstring says, in evaluations. Raises what `inputs` and the method raise,
-    ValueError where the answer is not finite, and JudgeError, which holds the run, where the judge fails.
+    stop() is asked before every call of a network and after every step; once true, Cancelled is raised and nothing is
+    recorded. on_step(step) sees each step. Costs what the method's docstring says, in evaluations. Raises what `inputs`
+    and the method raise, ValueError where the answer is not finite, and JudgeError, which holds the run, where the
+    judge fails.
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
     check(problem)
@@ -233,7 +234,8 @@ def timed(method: str | Method, problem: Problem, seed: int = 0, n_samples: int 
           stop: Callable[[], bool] = lambda: False, **knobs: Any) -> Timing:
     """Seconds of the bare run (no trace, no judge), the median of `repeats`, after one warm-up that takes peak memory.
 
-    stop() is asked after every step; once true, Cancelled is raised. Raises what `run` raises.
+    stop() is asked before every call of a network and after every step; once true, Cancelled is raised. Raises what
+    `run` raises.
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
     check(problem)
@@ -265,9 +267,19 @@ def environment(answer: Tensor) -> dict[str, str]:
 
 def _drain(given: Inputs, problem: Problem, meter: Meter, stop: Callable[[], bool],
            on_step: Callable[[Step], object] | None) -> Tensor:
+    def wrap(name: str, network: Network) -> Network:
+        counted = meter.wrap(name, network)
+
+        def asked(*args: Any) -> Any:  # a step may be long: before each call of a network, too
+            if stop():
+                raise Cancelled
+            return counted(*args)
+
+        return asked
+
     rng = Rng(given.seed, given.n_samples)
     step = None
-    for step in get(given.method).function(problem.wrapped(meter.wrap), rng, **given.knobs):
+    for step in get(given.method).function(problem.wrapped(wrap), rng, **given.knobs):
         if on_step is not None:
             on_step(step)
         if stop():
