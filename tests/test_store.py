@@ -276,3 +276,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         store.put(made(1, 5))
     with pytest.raises(TypeError, match="folder=3: expected a path"):
         Store(3)
+
+
+def test_records_of_a_newer_format_are_left_alone(tmp_path):
+    store, run = Store(tmp_path), made(1, 3)
+    store.put(run)
+    path = tmp_path / f"{run.inputs.key}.json"
+    record = json.loads(path.read_text())
+    assert record["format"] == 2
+    path.write_text(json.dumps({**record, "format": 3}))
+    assert store.get(run.inputs) is None and "expected at most 2, a newer workbench wrote it" in store.damaged[path]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import workbench
+from workbench import sources
 from workbench.cost import Cost, Meter, Network, Timing, measure
 from workbench.knob import plain
 from workbench.method import Method, Step, get
@@ -183,8 +184,12 @@ def inputs(method: str | Method, problem: Problem, seed: int = 0, n_samples: int
     for name, value, low, high in (("seed", seed, 0, MAX_SEED), ("n_samples", n_samples, 1, MAX_SAMPLES)):
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"{name}={value!r}: expected an integer of at least {low} and at most {high}")
-    code = f"{workbench.__version__}+{method.name}.{method.version}"
-    return Inputs(method.name, problem.name, problem.digest, code, seed, n_samples, method.check(knobs))
+    return Inputs(method.name, problem.name, problem.digest, code_of(method), seed, n_samples, method.check(knobs))
+
+
+def code_of(method: Method) -> str:
+    """What stands in `Inputs.code`: the release, the method with its version, and a digest of the sources it uses."""
+    return f"{workbench.__version__}+{method.name}.{method.version}.{sources.digest_of(method.function)}"
 
 
 def check(problem: Problem) -> None:

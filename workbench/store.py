@@ -14,10 +14,12 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from workbench.run import Inputs, Run
+from workbench.method import METHODS
+from workbench.run import Inputs, Run, code_of
 
 _log = logging.getLogger(__name__)
 _PARTS = {"inputs", "cost", "quality", "environment"}
+FORMAT = 2  # of a record; 1 had neither this number nor a checksum of its own
 _ABANDONED = 3600  # seconds after which a temporary file is that of a writer that was killed
 
 
@@ -50,7 +52,7 @@ class Store:
     def put(self, run: Run) -> None:
         """Keep a run; the same key overwrites. Raises OSError that names the path where it cannot be written."""
         key, answer = run.inputs.key, save({"answer": run.answer.contiguous().cpu()})
-        record = run.to_dict()
+        record = {"format": FORMAT, **run.to_dict()}
         record["checksum"] = _checksum(record, answer)
         self._write(f"{key}.safetensors", answer)
         self._write(f"{key}.json", json.dumps(record, indent=1, allow_nan=False).encode())
@@ -61,6 +63,14 @@ class Store:
             run = self._read(path.stem)
             if run is not None:
                 yield run
+
+    def of_other_code(self) -> list[Run]:
+        """The runs that other code made than the one at hand: other sources, versions, or a method that is gone.
+
+        `get` gives none of them back for the same inputs, as their numbers may differ; they stay until deleted.
+        """
+        codes = {name: code_of(method) for name, method in METHODS.items()}
+        return [run for run in self if codes.get(run.inputs.method) != run.inputs.code]
 
     def _read(self, key: str) -> Run | None:
         path = self.folder / f"{key}.json"
@@ -103,7 +113,9 @@ def _sound(text: bytes, answer_path: Path, key: str) -> Run:
     """The run of a record. Raises an error of some kind where record or answer are not what was written."""
     record, answer = json.loads(text), answer_path.read_bytes()
     checksum = record.pop("checksum", None)
-    if set(record) != _PARTS:
+    if record.get("format", 1) not in range(1, FORMAT + 1):
+        raise ValueError(f"format {record['format']!r}: expected at most {FORMAT}, a newer workbench wrote it")
+    if set(record) - {"format"} != _PARTS:
         raise ValueError(f"fields {sorted(record)}: expected {', '.join(sorted(_PARTS))}")
     if checksum is not None and checksum != _checksum(record, answer):
         raise ValueError("its checksum does not match")
