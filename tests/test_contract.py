@@ -20,30 +20,18 @@ import pytest
 import torch
 
 from workbench import METHODS, Cancelled, Knob, Step, Store, inputs, method, run, together
+from workbench.family import FAMILIES
 from workbench.method import Method
 from workbench.methods.denoising._march import march
 from workbench.methods.denoising.ddim import ddim_step
-from workbench.problems.decoding import markov, random_pair
 from workbench.problems.denoising import grid
-from workbench.problems.digits import digits
-from workbench.problems.glyphs import glyphs
-from workbench.problems.mixtures import eight_modes, two_dim, two_modes
 from workbench.rng import Rng
-
-# By family: what makes its problems. Between them they must let every knob of the family have an effect.
-FACTORIES: dict[str, list[Callable[[], Any]]] = {
-    "denoising": [two_modes, eight_modes, two_dim, functools.partial(two_dim, "pinwheel"),
-                  functools.partial(two_dim, has_labels=True), digits, glyphs],
-    "decoding": [markov, random_pair],
-}
-# The knob that says how far a run goes, and whether it takes exactly so many steps or at most so many.
-LENGTHS = {"denoising": "n_steps", "decoding": "n_tokens"}
 
 
 @functools.cache
 def problems(family: str) -> list[Any]:
     """The family's problems without their judges, whose cost and meaning have tests of their own."""
-    return [replace(make(), judge=lambda answer, labels: {}) for make in FACTORIES[family]]
+    return [replace(make(), judge=lambda answer, labels: {}) for make in FAMILIES[family].makers()]
 
 
 def rounding(problem: Any) -> float:
@@ -92,7 +80,7 @@ def settings(of: Method, name: str) -> list[Any]:
 
 def long(of: Method, n: int) -> dict[str, Any]:
     """Small knobs, but for a run of (at most) n steps."""
-    return small(of, **{LENGTHS[of.family]: n})
+    return small(of, **{FAMILIES[of.family].length: n})
 
 
 def steps_of(of: Method, problem: Any, n_samples: int = 2, **knobs: Any) -> list[Step]:
@@ -176,10 +164,7 @@ def check_both_ends_of_every_knob_run(of, problem):
                 assert problem is not problems(of.family)[0], error
                 assert str(error).startswith(tuple(f"{k}={v!r}" for k, v in tried.items())), error
                 continue
-            if of.family == "denoising":
-                assert answer.shape == (1, *problem.shape)
-            else:
-                assert answer.shape == (1, small(of, **tried)["n_tokens"], 2)
+            assert answer.shape == (1, *FAMILIES[of.family].shape(problem, small(of, **tried)))
 
 
 def check_wrong_knobs_are_named(of, problem):
@@ -237,18 +222,12 @@ def check_cost_is_the_docstrings_formula(of, problem):
 
 def check_there_is_a_step_per_step(of, problem):
     for n_steps in (1, 5):
-        steps = steps_of(of, problem, **{LENGTHS[of.family]: n_steps})
+        steps = steps_of(of, problem, **{FAMILIES[of.family].length: n_steps})
         assert 0 < len(steps) <= n_steps if of.is_bound else len(steps) == n_steps
         n_steps = len(steps)
         assert len({s.state.shape for s in steps}) == 1 and len(steps[0].state) == 2
         assert [s.info["i"] for s in steps] == list(range(n_steps))
-        if of.family == "denoising":
-            assert all(s.info["x0"].shape == s.state.shape == (2, *problem.shape) for s in steps)
-        else:  # every sequence that goes on gets at least one token of each pass, and each token is told once
-            told = torch.tensor([sum(len(s.info["blocks"][row].tokens) for s in steps if row in s.info["blocks"])
-                                 for row in range(2)])
-            assert torch.equal((steps[-1].state[..., 0] >= 0).sum(1), told)
-            assert all(block.tokens for s in steps for block in s.info["blocks"].values())
+        FAMILIES[of.family].told(problem, [s.state for s in steps], [s.info for s in steps])
         assert len({s.state.data_ptr() for s in steps}) == n_steps  # a step that is kept is not overwritten by the next
 
 
@@ -287,7 +266,8 @@ def check_it_is_documented(of, _):
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
-CASES = [(of, i) for of in sorted(METHODS.values(), key=lambda m: m.name) for i in range(len(FACTORIES[of.family]))]
+CASES = [(of, i) for of in sorted(METHODS.values(), key=lambda m: m.name)
+         for i in range(len(FAMILIES[of.family].problems))]
 
 
 def apply(check, of, problem, folder):
@@ -302,8 +282,11 @@ def test_contract(check, of, index, tmp_path):
     apply(check, of, problems(of.family)[index], tmp_path)
 
 
-def test_every_family_has_problems():
-    assert {of.family for of in METHODS.values()} <= set(FACTORIES)
+def test_every_family_has_problems_and_methods():
+    assert {of.family for of in METHODS.values()} == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        assert problems(name) and all(problem.family == name for problem in problems(name))
+        assert all(family.length in of.knobs for of in METHODS.values() if of.family == name)
 
 
 # ---- broken twins ----------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from types import FunctionType
 from typing import Annotated
 
 import pytest
 import torch
 
+from workbench import family
+from workbench.family import FAMILIES, Family
 from workbench.knob import BoundKnob, Knob
 from workbench.method import METHODS, Step, get, method, methods_table
 
@@ -61,20 +64,30 @@ def example(problem, rng, *, n_things: Annotated[int, Knob(low=0, high=9, help="
     yield Step(torch.zeros(1), {})
 
 
-@pytest.fixture
-def register():
-    """`method` for functions of this file, which stand in no family's folder; taken out of the registry afterwards."""
-    before = dict(METHODS)
+def copy_of(function):
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+    made.__kwdefaults__, made.__annotations__ = function.__kwdefaults__, function.__annotations__
+    made.__doc__ = function.__doc__
+    return made
 
-    def registered(function, **kwargs):
-        function.__module__ = "workbench.methods.example.file"
-        sys.modules.setdefault(function.__module__, sys.modules[__name__])
+
+@pytest.fixture
+def register(monkeypatch):
+    """`method` for functions of this file, which stand in no family's folder; taken out of the registry afterwards."""
+    before, families = dict(METHODS), dict(FAMILIES)
+    family.register(Family("example", "n_things", lambda problem, knobs: (1,), [], lambda *_: None))
+
+    def registered(function, where="workbench.methods.example.file", **kwargs):
+        function = copy_of(function)
+        function.__module__ = where
+        monkeypatch.setitem(sys.modules, where, sys.modules[__name__])
         return method(**({"version": 1, "source": "none"} | kwargs))(function)
 
     yield registered
     METHODS.clear()
     METHODS.update(before)
-    sys.modules.pop("workbench.methods.example.file", None)
+    FAMILIES.clear()
+    FAMILIES.update(families)
 
 
 def test_needs_are_values_of_other_knobs_or_any_of_several():
@@ -95,10 +108,22 @@ def test_registration_reads_the_signature(register):
     assert "| `example` | example | Summary. | `n_things`, `shares` |" in methods_table()
 
 
+def test_a_folder_within_the_familys_changes_nothing_and_a_cell_that_runs_anew_replaces(register):
+    assert register(example, "workbench.methods.example.deep.deeper.file").family == "example"
+    METHODS.pop("example")
+    first = register(example, "__main__", family="example", version=1)
+    again = register(example, "__main__", family="example", version=2)
+    assert first is not again and get("example") is again and again.version == 2
+
+
 def test_registration_refuses_what_is_half_declared(register):
     register(example)
-    with pytest.raises(TypeError, match="registered twice"):
-        register(example)
+    with pytest.raises(TypeError, match=r"registered twice: workbench\.methods\.example\.file"):
+        register(example, "workbench.methods.example.other")
+    with pytest.raises(TypeError, match="family=''"):
+        register(example, "__main__")
+    with pytest.raises(TypeError, match="family='sampling'"):
+        register(example, family="sampling")
 
     def no_cost(problem, rng):
         """No formula."""

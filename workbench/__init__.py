@@ -4,7 +4,8 @@ __version__ = "0.2.0"
 
 from workbench import methods
 from workbench.cost import Cost, Timing
-from workbench.frontier import cheapest, pareto, points
+from workbench.family import FAMILIES, Family
+from workbench.frontier import cheapest, paired, pareto, points
 from workbench.knob import Knob
 from workbench.method import METHODS, Step, get, method
 from workbench.quality import METRICS, Metric, Quality
@@ -13,7 +14,7 @@ from workbench.store import Store
 from workbench.sweep import Memo, sweep, together
 
 __all__ = [
-    "METHODS", "METRICS", "Cancelled", "Cost", "Inputs", "Knob", "Memo", "Metric", "Quality", "Run", "Step",
-    "Store", "Timing", "cheapest", "compared", "get", "inputs", "method", "methods", "pareto", "points", "run",
-    "sweep", "timed", "together",
+    "FAMILIES", "METHODS", "METRICS", "Cancelled", "Cost", "Family", "Inputs", "Knob", "Memo", "Metric", "Quality",
+    "Run", "Step", "Store", "Timing", "cheapest", "compared", "get", "inputs", "method", "methods", "paired", "pareto",
+    "points", "run", "sweep", "timed", "together",
 ]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from torch import Tensor
 
+from workbench.family import FAMILIES
 from workbench.knob import BoundKnob, Knob
 
 
@@ -66,20 +67,29 @@ METHODS: dict[str, Method] = {}
 _COST = re.compile(r"Cost:\s+(at most\s+)?``(.+?)``\s+evaluations\s+per\s+sample", re.DOTALL)
 
 
-def method(*, version: int, source: str, exact: bool = False) -> Callable[[Callable[..., Iterator[Step]]], Method]:
-    """Register a generator function as a method. The family is the name of the folder that it stands in.
+def method(*, version: int, source: str, exact: bool = False, family: str | None = None
+           ) -> Callable[[Callable[..., Iterator[Step]]], Method]:
+    """Register a generator function as a method.
 
-    Raises TypeError where the function declares no cost formula, an undeclared keyword, or a name already taken.
+    family: by default the name of the folder under methods/ that it stands in, however deep; elsewhere, as in a
+    notebook, it must be given. A function of the same place registered again, as by a cell that runs anew, replaces it.
+    Raises TypeError where the function declares no cost formula, an undeclared keyword, a name that is taken by a
+    function of another place, or no known family.
     """
 
     def register(function: Callable[..., Iterator[Step]]) -> Method:
-        name = function.__name__
-        if name in METHODS:
+        name, own = function.__name__, family
+        if own is None:
+            _, _, below = f".{function.__module__}.".partition(".methods.")
+            own = below.partition(".")[0]
+        if own not in FAMILIES:
+            raise TypeError(f"method {name!r}: family={own!r}, expected one of {', '.join(FAMILIES)}")
+        if name in METHODS and METHODS[name].function.__module__ != function.__module__:
             raise TypeError(f"method {name!r} is registered twice: {METHODS[name].function.__module__}")
         cost = _COST.search(inspect.getdoc(function) or "")
         if cost is None:
             raise TypeError(f"method {name!r}: its docstring lacks 'Cost: ``formula`` evaluations per sample'")
-        METHODS[name] = Method(name, function.__module__.split(".")[-2], function, version, source, exact,
+        METHODS[name] = Method(name, own, function, version, source, exact,
                                _knobs(function), cost[2], bool(cost[1]))
         return METHODS[name]
 

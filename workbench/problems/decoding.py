@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.family import Family, register
 from workbench.quality import Drawn, Quality, ratio
 from workbench.speculation.drafting import draw
 from workbench.speculation.engine import Ask, LanguageModel, Network, Warp
@@ -253,3 +254,15 @@ def follow(model: LanguageModel, rows: Sequence[Sequence[int]], firsts: Sequence
         ask = Ask(model.begin(1), [given], [list(range(-1, len(given) - 1))], [list(range(first - 1, len(given)))])
         parts.append(model.network(torch.tensor(given), ask)[0])
     return torch.cat(parts)
+
+
+def _told(problem: Any, states: Sequence[Tensor], infos: Sequence[Mapping[str, Any]]) -> None:
+    """Every sequence that goes on gets at least one token of each pass, and each token is told once."""
+    told = torch.tensor([sum(len(info["blocks"][row].tokens) for info in infos if row in info["blocks"])
+                         for row in range(2)])
+    assert torch.equal((states[-1][..., 0] >= 0).sum(1), told)
+    assert all(block.tokens for info in infos for block in info["blocks"].values())
+
+
+register(Family(Decoding.family, "n_tokens", lambda problem, knobs: (knobs["n_tokens"], 2),
+                [("workbench.problems.decoding:markov", {}), ("workbench.problems.decoding:random_pair", {})], _told))

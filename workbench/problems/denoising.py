@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.family import Family, register
 from workbench.quality import Quality
 from workbench.rng import Rng
 
@@ -561,3 +562,17 @@ def _times(values: Sequence[float], like: Tensor) -> Tensor:
     if len(values) == 1:
         return torch.full((len(like),), int(values[0]) if is_whole else values[0], dtype=dtype, device=like.device)
     return torch.tensor(values, dtype=dtype, device=like.device)
+
+
+def _told(problem: Any, states: Sequence[Tensor], infos: Sequence[Mapping[str, Any]]) -> None:
+    """Each step tells the data estimate that it was made with."""
+    for state, info in zip(states, infos, strict=True):
+        assert info["x0"].shape == state.shape == (2, *problem.shape)
+
+
+_MIXTURES = "workbench.problems.mixtures"
+register(Family(
+    Denoising.family, "n_steps", lambda problem, knobs: tuple(problem.shape),
+    [(f"{_MIXTURES}:two_modes", {}), (f"{_MIXTURES}:eight_modes", {}), (f"{_MIXTURES}:two_dim", {}),
+     (f"{_MIXTURES}:two_dim", {"kind": "pinwheel"}), (f"{_MIXTURES}:two_dim", {"has_labels": True}),
+     ("workbench.problems.digits:digits", {}), ("workbench.problems.glyphs:glyphs", {})], _told))
