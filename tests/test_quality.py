@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import linalg, stats
 
-from workbench import METRICS
-from workbench.problems.mixtures import two_dim
+from widgets import explorer
+from workbench import METRICS, cheapest, points, run
+from workbench.problems.mixtures import two_dim, two_modes
 from workbench.quality import (
     Drawn,
+    Metric,
     Quality,
     combined,
     drift,
@@ -22,8 +25,10 @@ from workbench.quality import (
     kernel_distance,
     nearest_training,
     proportion,
+    register_metric,
     wasserstein_1,
 )
+from workbench.run import JudgeError
 from workbench.zoo import glyphs, load_classifier
 
 
@@ -398,3 +403,27 @@ def test_degrees_of_freedom_do_not_hang_on_the_unit(scale):
     assert scaled.df == pytest.approx(of.df) and scaled.stderr / scale == pytest.approx(of.stderr)
     constant = Drawn(12, labels).mean(torch.full((12,), scale, dtype=torch.float64))
     assert constant.stderr == 0 and constant.df == pytest.approx(9.0)
+
+
+def test_metrics_of_ones_own_are_judged_compared_and_shown():
+    own = Metric("sharpness", "sharpness", "", True, 4, "spread of the samples")
+    problem = replace(two_modes(), judge=lambda answer, labels: {
+        "sharpness": Quality(float(answer.std()), 0.1, len(answer))})
+    with pytest.raises(JudgeError, match="gave 'sharpness': expected one of"):
+        run("ddim", problem, n_samples=4, n_steps=2)
+    try:
+        assert register_metric(own) is own is METRICS["sharpness"]
+        made = [run("ddim", problem, n_samples=4, n_steps=n) for n in (2, 8)]
+        best = max(points(made, "sharpness"), key=lambda p: p.value)
+        assert cheapest(points(made, "sharpness"), "sharpness", within=0.0) == best  # more is better
+        panel = explorer(problem, ("ddim",), n_samples=4, n_steps=2)
+        panel.wait()
+        assert panel.published["spec"]["metrics"]["sharpness"]["min_n"] == 4
+        assert "sharpness" in panel.view["shown"]["quality"]
+    finally:
+        METRICS.pop("sharpness", None)
+    for wrong, kind in (({"name": "a b"}, ValueError), ({"label": ""}, ValueError), ({"min_n": 0}, ValueError)):
+        with pytest.raises(kind, match=next(iter(wrong))):
+            register_metric(replace(own, **wrong))
+    with pytest.raises(TypeError, match="expected a Metric"):
+        register_metric("sharpness")

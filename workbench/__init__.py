@@ -8,7 +8,7 @@ from workbench.family import FAMILIES, Family
 from workbench.frontier import cheapest, paired, pareto, points
 from workbench.knob import Knob
 from workbench.method import METHODS, Step, get, method
-from workbench.quality import METRICS, Metric, Quality
+from workbench.quality import METRICS, Metric, Quality, register_metric
 from workbench.run import Cancelled, Inputs, Run, compared, inputs, run, timed
 from workbench.store import Store
 from workbench.sweep import Memo, sweep, together
@@ -16,5 +16,5 @@ from workbench.sweep import Memo, sweep, together
 __all__ = [
     "FAMILIES", "METHODS", "METRICS", "Cancelled", "Cost", "Family", "Inputs", "Knob", "Memo", "Metric", "Quality",
     "Run", "Step", "Store", "Timing", "cheapest", "compared", "get", "inputs", "method", "methods", "paired", "pareto",
-    "points", "run", "sweep", "timed", "together",
+    "points", "register_metric", "run", "sweep", "timed", "together",
 ]

@@ -16,13 +16,24 @@ import torch
 from torch import Tensor
 
 from workbench.family import Family, register
-from workbench.quality import Drawn, Quality, ratio
+from workbench.quality import Drawn, Metric, Quality, ratio, register_metric
 from workbench.speculation.drafting import draw
 from workbench.speculation.engine import Ask, LanguageModel, Network, Warp
 from workbench.speculation.rules import RULES
 
 if TYPE_CHECKING:
     from workbench.run import Inputs
+
+register_metric(Metric(
+    "block_efficiency", "tokens per target pass", "", True, 6,
+    "new tokens over passes of the target; 1 is plain decoding"))
+register_metric(Metric(
+    "surprise", "surprise under the target", "bits per token", False, 6,
+    "what the target thinks of what was written; a lossless method has that of plain decoding, less is no better"))
+register_metric(Metric(
+    "total_variation", "distance from the exact law", "total variation", False, 12,
+    "between pairs of neighbouring tokens and the chain's own: 0 on average where they are drawn exactly, by chance "
+    "below"))
 
 FIRST = 0  # the token that closed-form problems start from
 

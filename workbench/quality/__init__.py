@@ -43,18 +43,25 @@ METRICS = {
                "mean distance by which samples must move to follow the true law, along one axis or averaged over axes"),
         Metric("energy_distance", "energy distance", "data units", False, 800,
                "zero only where samples and held-out data follow one law; works in any dimension"),
-        Metric("block_efficiency", "tokens per target pass", "", True, 6,
-               "new tokens over passes of the target; 1 is plain decoding"),
-        Metric("surprise", "surprise under the target", "bits per token", False, 6,
-               "what the target thinks of what was written; a lossless method has that of plain decoding, less is no "
-               "better"),
-        Metric("total_variation", "distance from the exact law", "total variation", False, 12,
-               "between pairs of neighbouring tokens and the chain's own: 0 on average where they are drawn exactly, "
-               "by chance below"),
         Metric("nearest_training", "distance to the nearest training sample", "RMS pixel", True, 72,
                "0 where samples are copies of training data; what held-out data has is the mark, more is no better"),
     )
 }
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make a metric known, so that judges may give figures of it; one of the same name is replaced.
+
+    Raises TypeError for no Metric, ValueError for a name that is no identifier, an empty label or min_n below 1.
+    """
+    if not isinstance(metric, Metric):
+        raise TypeError(f"metric={metric!r:.100}: expected a Metric")
+    if not metric.name.isidentifier() or not metric.label:
+        raise ValueError(f"metric name={metric.name!r}, label={metric.label!r}: expected an identifier and a text")
+    if isinstance(metric.min_n, bool) or not isinstance(metric.min_n, int) or metric.min_n < 1:
+        raise ValueError(f"metric {metric.name} min_n={metric.min_n!r}: expected an integer of at least 1")
+    METRICS[metric.name] = metric
+    return metric
 
 
 def proportion(hits: Tensor, drawn: Drawn | None = None) -> Quality:
