@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.speculation.tracing import changes
+from workbench.speculation.tracing import changes, offloads
 
 _DEPTH = 12  # of objects within objects; deeper ones are told by their class alone
 # Fields of torch modules and of what libraries hang on them that say where, when or from which file, not what.
@@ -62,7 +62,8 @@ class Unchanged:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._made = {name: (module, changes(module)) for name, module in modules.items() if not _is_offloaded(module)}
+        self._made = {name: (module, changes(module)) for name, module in modules.items()
+                      if not any(map(offloads, module.modules()))}
 
     def __call__(self, *names: str) -> None:
         """Raises ValueError that names the first, of these or of all, that has changed."""
@@ -70,13 +71,6 @@ class Unchanged:
             if (not names or name in names) and changes(module) != made:
                 raise ValueError(f"{name} has changed since this problem was made (weights, adapters, mode, hooks or "
                                  f"device), and its digest and figures are of what it was: make the problem anew")
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    return any("Offload" in type(hook).__name__ or getattr(hook, "offload", False)
-               for part in module.modules()
-               for hook in (getattr(part, "_hf_hook", None),
-                            *getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()))
 
 
 class _Hash:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from workbench.speculation.engine import Ask, LanguageModel
-from workbench.speculation.tracing import Recording, recording
+from workbench.speculation.tracing import Recording, offloads, recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,15 +113,10 @@ def unwrapped(module: Any, name: str) -> PreTrainedModel:
         raise ValueError(f"{name} is a {type(module).__name__}: expected a causal model of transformers")
     if module.training:
         raise ValueError(f"{name} is in training mode, where dropout changes its laws: call {name}.eval() first")
-    if any(map(_offloads, module.modules())) or any(p.is_meta for p in module.parameters()):
+    if any(map(offloads, module.modules())) or any(p.is_meta for p in module.parameters()):
         raise ValueError(f"{name} has weights on the meta device or offloaded by accelerate: expected all of them "
                          f"where it computes, e.g. from_pretrained(...).to(device) without device_map")
     return module
-
-
-def _offloads(part: Any) -> bool:
-    hook = getattr(part, "_hf_hook", None)
-    return any(getattr(h, "offload", False) or "Offload" in type(h).__name__ for h in getattr(hook, "hooks", (hook,)))
 
 
 def rotations(module: PreTrainedModel) -> list[dict[str, Any]]:

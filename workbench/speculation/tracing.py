@@ -151,6 +151,13 @@ def changes(module: nn.Module) -> list[Any]:
     return state
 
 
+def offloads(part: nn.Module) -> bool:
+    """Whether a hook of accelerate or of diffusers moves this part's weights to and fro."""
+    hook, registry = getattr(part, "_hf_hook", None), getattr(part, "_diffusers_hook", None)
+    held = (*getattr(hook, "hooks", (hook,)), *getattr(registry, "hooks", {}).values())
+    return any(getattr(h, "offload", False) or "Offload" in type(h).__name__ for h in held)
+
+
 class _Unknown(Exception):
     """An attribute of which it cannot be told when it changes."""
 
