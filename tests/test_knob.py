@@ -134,7 +134,21 @@ def test_registration_refuses_what_is_half_declared(register):
     def no_default(problem, rng, *, n: Annotated[int, Knob(help="n")]):
         """Cost: ``n`` evaluations per sample."""
 
-    for function, said in ((no_cost, "lacks 'Cost"), (bare, "must be Annotated"), (no_default, "with a default")):
+    def reserved(problem, rng, *, n_samples: Annotated[int, Knob(help="n")] = 1):
+        """Cost: ``n_samples`` evaluations per sample."""
+
+    def strange(problem, rng, *, n: Annotated[dict | None, Knob(help="n")] = None):
+        """Cost: ``1`` evaluations per sample."""
+
+    def free_text(problem, rng, *, n: Annotated[str, Knob(help="n")] = "a"):
+        """Cost: ``1`` evaluations per sample."""
+
+    def beyond(problem, rng, *, n: Annotated[int, Knob(low=1, high=3, help="n")] = 4):
+        """Cost: ``n`` evaluations per sample."""
+
+    for function, said in ((no_cost, "lacks 'Cost"), (bare, "must be Annotated"), (no_default, "with a default"),
+                           (reserved, "'n_samples' is an argument of runs"), (strange, "expected int, float, bool"),
+                           (free_text, "a text with choices"), (beyond, "beyond: knob n=4: outside its bounds")):
         with pytest.raises(TypeError, match=said):
             register(function)
 

@@ -64,6 +64,10 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+KINDS = (int, float, bool, str, tuple)
+# What runs, sweeps and panels are asked for beside knobs: a knob of such a name could not be given.
+RESERVED = frozenset({"method", "problem", "seed", "seeds", "n_samples", "stop", "on_step", "on_run", "repeats", "axes",
+                      "memo", "store"})
 _COST = re.compile(r"Cost:\s+(at most\s+)?``(.+?)``\s+evaluations\s+per\s+sample", re.DOTALL)
 
 
@@ -73,8 +77,9 @@ def method(*, version: int, source: str, exact: bool = False, family: str | None
 
     family: by default the name of the folder under methods/ that it stands in, however deep; elsewhere, as in a
     notebook, it must be given. A function of the same place registered again, as by a cell that runs anew, replaces it.
-    Raises TypeError where the function declares no cost formula, an undeclared keyword, a name that is taken by a
-    function of another place, or no known family.
+    Raises TypeError where the function declares no cost formula, an undeclared keyword, one of RESERVED or of another
+    kind than KINDS, a default that it would not take, a name that is taken by a function of another place, or no known
+    family.
     """
 
     def register(function: Callable[..., Iterator[Step]]) -> Method:
@@ -123,8 +128,18 @@ def _knobs(function: Callable[..., Any]) -> dict[str, BoundKnob]:
         knob = next((extra for extra in get_args(hint)[1:] if isinstance(extra, Knob)), None)
         if get_origin(hint) is not Annotated or knob is None or parameter.default is inspect.Parameter.empty:
             raise TypeError(f"{function.__name__}: keyword {name!r} must be Annotated[type, Knob(...)] with a default")
-        kind = get_args(hint)[0]
-        bound[name] = BoundKnob(name, get_origin(kind) or kind, parameter.default, knob)
+        kind = get_origin(get_args(hint)[0]) or get_args(hint)[0]
+        if name in RESERVED:
+            raise TypeError(f"{function.__name__}: keyword {name!r} is an argument of runs and sweeps, no knob's name")
+        if kind not in KINDS or (kind is str and not knob.choices):
+            raise TypeError(f"{function.__name__}: keyword {name!r} of kind {getattr(kind, '__name__', kind)}: "
+                            f"expected {', '.join(k.__name__ for k in KINDS)}, a text with choices")
+        bound[name] = BoundKnob(name, kind, parameter.default, knob)
+        try:
+            if bound[name].check(parameter.default) != parameter.default:
+                raise ValueError(f"knob {name}: the default {parameter.default!r} is not of its kind")
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{function.__name__}: {error}") from error
     return bound
 
 
