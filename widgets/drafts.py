@@ -171,24 +171,6 @@ class DraftsExplorer(Explorer):
 
     # ---------------------------------------------------------------- settings
 
-    def _inputs(self, method: str, seed: int, n_samples: int, changes: Mapping[str, Any]) -> Inputs:
-        """As in Explorer, but what another method was set to is taken over only where this one has that choice."""
-        if method not in self.methods:
-            raise ValueError(f"method={method!r}: this explorer has {', '.join(self.methods)}")
-        spec, current = workbench.get(method), getattr(self, "inputs", None)
-        known: dict[str, Any] = {}
-        for layer in (self._preset, self._knobs.get(method, {}), current.knobs if current else {}):
-            for name, value in layer.items():
-                if name in spec.knobs:
-                    with suppress(ValueError):
-                        known[name] = spec.knobs[name].check(value)
-        known.update(changes)
-        for name, bound in spec.knobs.items():
-            others = {k: known.get(k, spec.knobs[k].default) for k in bound.knob.needs}
-            if name not in changes and not bound.knob.is_met(others):
-                known.pop(name, None)
-        return workbench.inputs(spec, self.problem, seed, n_samples, **known)
-
     def _strip(self, given: Inputs) -> dict[str, Any]:
         return {}  # texts have no trajectory to draw or to refuse
 

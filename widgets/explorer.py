@@ -32,6 +32,7 @@ from widgets.live import MAX_SAMPLES, Live, told, wish
 from workbench import METHODS, METRICS, Cancelled, Cost, Inputs, Memo, Run, Step, Store, Timing
 from workbench.cost import Meter, Network
 from workbench.frontier import points
+from workbench.knob import BoundKnob
 from workbench.methods.denoising.t_stitch import full_fractions, progress, step_counts
 from workbench.problems.decoding import Decoding
 from workbench.problems.denoising import Denoising, grid
@@ -293,13 +294,16 @@ class Explorer(Live):
     # ---------------------------------------------------------------- settings
 
     def _inputs(self, method: str, seed: int, n_samples: int, changes: Mapping[str, Any]) -> Inputs:
-        """Complete settings of a method: presets, its last knobs, those it shares with the method shown, changes."""
+        """Complete settings of a method: presets, its last knobs, those it shares with the method shown, changes.
+
+        What is carried over must be a value that this method's knob takes: methods mean different things by one name.
+        """
         spec = workbench.get(method)
         if method not in self.methods:
             raise ValueError(f"method={method!r}: this explorer has {', '.join(self.methods)}")
         current = getattr(self, "inputs", None)
         layers = (self._preset, self._knobs.get(method, {}), current.knobs if current else {})
-        known = {k: v for layer in layers for k, v in layer.items() if k in spec.knobs}
+        known = {k: v for layer in layers for k, v in layer.items() if k in spec.knobs and _fits(spec.knobs[k], v)}
         known.update(changes)
         for name, bound in spec.knobs.items():
             others = {k: known.get(k, spec.knobs[k].default) for k in bound.knob.needs}
@@ -921,6 +925,14 @@ def explorer(problem: Denoising | Decoding, methods: Sequence[str] | None = None
                                n_samples=1 if n_samples is None else n_samples, seed=seed, store=store, **knobs)
     return Explorer(problem, ("t_stitch", "ddim", "dpmpp_2m") if methods is None else methods,
                     n_samples=16 if n_samples is None else n_samples, seed=seed, store=store, **knobs)
+
+
+def _fits(knob: BoundKnob, value: Any) -> bool:
+    try:
+        knob.check(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _differences(ends: Sequence[float]) -> tuple[float, ...]:

@@ -14,7 +14,9 @@ from explorer_toy import Toy
 
 import workbench
 from widgets import explorer
-from workbench import Store
+from widgets.explorer import Explorer
+from workbench import METHODS, Store
+from workbench.problems.decoding import markov
 from workbench.problems.mixtures import two_modes
 from workbench.rng import Rng
 
@@ -408,3 +410,17 @@ def test_neighbours_of_adaptive_steps_are_tolerances_and_none_is_refused() -> No
     e = explorer(two_modes(), methods=("timesteps",), n_samples=4, models=(0.0, 0.5, 1.0))
     e.wait(idle=True)
     assert e.view["error"] == "" and min(r.knobs["n_steps"] for r in e.runs if r.inputs.method == "timesteps") == 3
+
+
+@pytest.mark.parametrize(("problem", "family"), [(two_modes(), "denoising"), (markov(), "decoding")])
+def test_every_method_can_be_switched_to_from_every_other(problem, family, monkeypatch):
+    """`order`, `solver`, `variant` mean other things elsewhere: a value that does not fit is not carried over."""
+    monkeypatch.setattr(Explorer, "_show", lambda self, overtaken: None)  # settings only
+    names = [m.name for m in METHODS.values() if m.family == family]
+    for first in names:
+        panel = explorer(problem, names, n_samples=1)
+        for second in names:
+            for method in (first, second):
+                panel.receive({"id": "1", "kind": "set", "state": {"method": method}, "knobs": {}})
+                assert panel.inputs.method == method and not panel.view["notice"], (first, second)
+        panel.sleep()

@@ -158,12 +158,13 @@ def test_wishes_never_raise_and_the_panel_lives_on(name):
     panel.wait()
 
 
-def test_a_link_cannot_take_the_memory():
-    panel = PANELS["explorer"]()
+@pytest.mark.parametrize(("name", "own"), [("explorer", 4), ("drafts", 1)])
+def test_a_link_cannot_take_the_memory(name, own):
+    panel = PANELS[name]()
     for n in (10**9, MAX_SAMPLES + 1):
         link = replace(panel.inputs, n_samples=n).permalink
         panel.receive({"id": "1", "kind": "load", "link": link})
-        assert f"n_samples={n}" in panel.view["notice"] and panel.inputs.n_samples == 4
+        assert f"n_samples={n}" in panel.view["notice"] and panel.inputs.n_samples == own
     panel.receive({"id": "2", "kind": "set", "state": {"n_samples": MAX_SAMPLES + 1}, "knobs": {}})
     assert "expected at most" in panel.view["notice"]
 
