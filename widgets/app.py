@@ -14,6 +14,7 @@ import panel as pn
 import param
 
 from widgets.explorer import HERE, Explorer, explorer
+from widgets.live import script
 from workbench.problems.glyphs import glyphs
 
 MAX_PAGES = 8  # open at a time; each may take some hundred megabytes
@@ -24,7 +25,7 @@ _lock = threading.Lock()
 class ExplorerPane(pn.custom.AnyWidgetComponent):
     """An Explorer in a Panel page, drawn by the same code as in JupyterLab. Wishes come through `intent`."""
 
-    _esm = HERE / "explorer.js"
+    _esm = script("ticks.js", "explorer.js")
     _stylesheets: ClassVar[list[str]] = [(HERE / "explorer.css").read_text()]
     spec = param.Dict({})
     view = param.Dict({})

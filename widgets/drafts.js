@@ -497,8 +497,8 @@ function render({ model, el }) {
     const X = (v) => box.left + (Math.log(v / x0) / Math.log(x1 / x0)) * (box.right - box.left);
     const Y = (v) => box.bottom - ((v - y0) / (y1 - y0)) * (box.bottom - box.top);
     const grid = s("g", { class: "wb-axis" });
-    for (const t of logTicks(x0, x1)) grid.append(s("line", { class: "wb-gridline", x1: X(t), x2: X(t), y1: box.top, y2: box.bottom }), s("text", { x: X(t), y: box.bottom + 15, "text-anchor": "middle" }, short(t)));
-    for (const t of niceTicks(y0, y1, 4)) grid.append(s("line", { class: "wb-gridline", x1: box.left, x2: box.right, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 6, y: Y(t) + 4, "text-anchor": "end" }, short(t)));
+    for (const [t, text] of named(logTicks(x0, x1), short)) grid.append(s("line", { class: "wb-gridline", x1: X(t), x2: X(t), y1: box.top, y2: box.bottom }), s("text", { x: X(t), y: box.bottom + 15, "text-anchor": "middle" }, text));
+    for (const [t, text] of named(niceTicks(y0, y1, 4), short)) grid.append(s("line", { class: "wb-gridline", x1: box.left, x2: box.right, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 6, y: Y(t) + 4, "text-anchor": "end" }, text));
     grid.append(s("text", { x: (box.left + box.right) / 2, y: box.bottom + 32, "text-anchor": "middle" }, `${costSelect.selectedOptions[0].text} (log)`),
       s("text", { transform: `translate(13,${(box.top + box.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, "tokens per pass"));
     plot.append(grid);

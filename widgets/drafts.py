@@ -22,7 +22,7 @@ import traitlets
 
 import workbench
 from widgets.explorer import FRAME, HERE, Explorer, ExplorerWidget, Stop
-from widgets.live import wish
+from widgets.live import script, wish
 from workbench import METHODS, Cancelled, Inputs, Run, Step, Store
 from workbench.problems.decoding import Decoding, efficiency
 from workbench.speculation.acceptance import optimal
@@ -191,8 +191,8 @@ class DraftsExplorer(Explorer):
             if not overtaken() and time.monotonic() - drawn >= interval:
                 before = time.monotonic()
                 self._publish("frame", self._frame(wanted, trace))
-                drawn = time.monotonic()
-                interval = max(FRAME, 4 * (drawn - before))  # drawing takes a fifth of the time at most
+                first, drawn = math.isinf(drawn), time.monotonic()
+                interval = FRAME if first else max(FRAME, 4 * (drawn - before))  # as in Explorer
 
         run = self._made(wanted, lambda: self._is_closed or overtaken(), on_step)
         with self._change:
@@ -441,7 +441,7 @@ class DraftsExplorer(Explorer):
 class DraftsWidget(ExplorerWidget):
     """A DraftsExplorer in JupyterLab. Its module is the explorer's drawing helpers, then its own panel."""
 
-    _esm = (HERE / "explorer.js").read_text().partition(" the panel\n")[0] + "\n" + (HERE / "drafts.js").read_text()
+    _esm = "\n".join((script("ticks.js", "explorer.js").partition(" the panel\n")[0], script("drafts.js")))
     _css = (HERE / "explorer.css").read_text() + (HERE / "drafts.css").read_text()
     bars = traitlets.Dict().tag(sync=True)
 

@@ -109,7 +109,7 @@ function drawPoints(canvas, frame, under) {
   const across = (x) => left + ((x - xs[0]) / (xs[1] - xs[0])) * (right - left);
   pen.fillStyle = pen.strokeStyle = style.color;
   pen.textAlign = "center";
-  for (const tick of niceTicks(...xs, width < 180 ? 3 : 5)) pen.fillText(short(tick), clamp(across(tick), 14, width - 14), height - 5);
+  for (const [tick, text] of named(niceTicks(...xs, width < 180 ? 3 : 5), short)) pen.fillText(text, clamp(across(tick), 14, width - 14), height - 5);
   pen.globalAlpha = 0.4;
   pen.strokeRect(left, top, right - left, bottom - top);
   pen.globalAlpha = 1;
@@ -157,23 +157,6 @@ function drawPoints(canvas, frame, under) {
 }
 
 // ------------------------------------------------------------------------------------------------ axes
-
-function niceTicks(low, high, count) {
-  const rough = (high - low) / count || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((m) => m * power >= rough) * power;
-  const ticks = [];
-  for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-6; t += step) ticks.push(+t.toPrecision(12) || 0);
-  return ticks;
-}
-
-function logTicks(low, high) {
-  const powers = [];
-  for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++) powers.push(e);
-  const stride = Math.ceil(powers.length / 7);
-  const firsts = powers.length < 4 ? [1, 2, 5] : [1];
-  return powers.filter((_, i) => i % stride === 0).flatMap((e) => firsts.map((m) => m * 10 ** e)).filter((t) => t >= low * 0.999 && t <= high * 1.001);
-}
 
 function marker(shape, x, y, r) {
   const at = (points) => s("polygon", { points: points.map(([a, b]) => `${x + a * r},${y + b * r}`).join(" ") });
@@ -467,8 +450,8 @@ function render({ model, el }) {
       }
     });
     const bottom = ground + 17 * rowsBelow.length + 10;
-    for (const tick of niceTicks(low, high, Math.round(width / 70))) {
-      nodes.push(s("line", { class: "wbe-tick", x1: across(tick), x2: across(tick), y1: bottom, y2: bottom + 5 }), s("text", { x: across(tick), y: bottom + 17, "text-anchor": "middle" }, signed(tick, 0)));
+    for (const [tick, text] of named(niceTicks(low, high, Math.round(width / 70)), signed, 0)) {
+      nodes.push(s("line", { class: "wbe-tick", x1: across(tick), x2: across(tick), y1: bottom, y2: bottom + 5 }), s("text", { x: across(tick), y: bottom + 17, "text-anchor": "middle" }, text));
     }
     nodes.push(s("text", { x: 0, y: bottom + 17 }, "log-SNR"));
     back.replaceChildren(...nodes);
@@ -619,8 +602,8 @@ function render({ model, el }) {
     const [y0, y1] = [Math.min(...values) / 1.5, Math.max(...values) * 1.5];
     const X = (x) => x == null ? full - 20 : box.left + ((x - low) / (high - low)) * (box.right - box.left);
     const Y = (y) => box.bottom - (Math.log(y / y0) / Math.log(y1 / y0)) * (box.bottom - box.top);
-    for (const t of logTicks(y0, y1)) curve.append(s("line", { class: "wbe-gridline", x1: box.left, x2: full, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 5, y: Y(t) + 4, "text-anchor": "end" }, t < 1e-3 ? t.toExponential(0).replace("-", "−") : short(t)));
-    for (const t of niceTicks(low, high, 5)) curve.append(s("text", { x: X(t), y: box.bottom + 16, "text-anchor": "middle" }, signed(t, 0)));
+    for (const [t, text] of named(logTicks(y0, y1), (x, d) => (x < 1e-3 ? x.toExponential(d - 3).replace("-", "−") : short(x, d)))) curve.append(s("line", { class: "wbe-gridline", x1: box.left, x2: full, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 5, y: Y(t) + 4, "text-anchor": "end" }, text));
+    for (const [t, text] of named(niceTicks(low, high, 5), signed, 0)) curve.append(s("text", { x: X(t), y: box.bottom + 16, "text-anchor": "middle" }, text));
     curve.append(s("text", { x: full - 20, y: box.bottom + 16, "text-anchor": "middle" }, "data"), s("text", { x: (box.left + box.right) / 2, y: height - 4, "text-anchor": "middle" }, "log-SNR"));
     for (const [arm, line] of lines.reverse()) { // yours on top
       curve.append(s("polyline", { class: `wbe-line wbe-${arm}`, points: line.map(([x, y]) => `${X(x)},${Y(y)}`).join(" ") }));

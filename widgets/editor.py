@@ -24,7 +24,7 @@ import traitlets
 from torch import Tensor
 
 import workbench
-from widgets.live import Live, told, wish
+from widgets.live import Live, script, told, wish
 from workbench import Cancelled, Memo, Quality
 from workbench.cost import Meter
 from workbench.methods.denoising._march import MEMORY
@@ -670,7 +670,7 @@ class ScheduleEditor(Live):
 class ScheduleEditorWidget(anywidget.AnyWidget):
     """A ScheduleEditor in JupyterLab. Wishes come as messages, results go as traits: each is set by one side only."""
 
-    _esm = HERE / "editor.js"
+    _esm = script("ticks.js", "editor.js")
     _css = (HERE / "explorer.css").read_text() + (HERE / "editor.css").read_text()
     spec = traitlets.Dict().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)

@@ -109,7 +109,7 @@ function drawPoints(canvas, frame, under) {
   const across = (x) => left + ((x - xs[0]) / (xs[1] - xs[0])) * (right - left);
   pen.fillStyle = pen.strokeStyle = style.color;
   pen.textAlign = "center";
-  for (const tick of niceTicks(...xs, 5)) pen.fillText(short(tick), clamp(across(tick), 14, width - 14), height - 5);
+  for (const [tick, text] of named(niceTicks(...xs, 5), short)) pen.fillText(text, clamp(across(tick), 14, width - 14), height - 5);
   pen.globalAlpha = 0.4;
   pen.strokeRect(left, top, right - left, bottom - top);
   if (dim === 1) {
@@ -150,22 +150,6 @@ function drawPoints(canvas, frame, under) {
 }
 
 // ------------------------------------------------------------------------------------------------ axes
-
-function niceTicks(low, high, count) {
-  const rough = (high - low) / count || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((m) => m * power >= rough) * power;
-  const ticks = [];
-  for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-6; t += step) ticks.push(+t.toPrecision(12));
-  return ticks;
-}
-
-function logTicks(low, high) {
-  const ticks = [];
-  for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++) for (const m of [1, 2, 5]) ticks.push(m * 10 ** e);
-  const inside = ticks.filter((t) => t >= low * 0.999 && t <= high * 1.001);
-  return inside.length > 9 ? inside.filter((t) => /^1/.test(t.toExponential())) : inside;
-}
 
 function marker(shape, x, y, r) {
   const at = (points) => s("polygon", { points: points.map(([a, b]) => `${x + a * r},${y + b * r}`).join(" ") });
@@ -750,8 +734,8 @@ function render({ model, el }) {
     const X = (v) => box.left + (Math.log(v / x0) / Math.log(x1 / x0)) * (box.right - box.left);
     const Y = (v) => box.bottom - ((v - y0) / (y1 - y0)) * (box.bottom - box.top);
     const grid = s("g", { class: "wb-axis" });
-    for (const t of logTicks(x0, x1)) grid.append(s("line", { class: "wb-gridline", x1: X(t), x2: X(t), y1: box.top, y2: box.bottom }), s("text", { x: X(t), y: box.bottom + 15, "text-anchor": "middle" }, short(t)));
-    for (const t of niceTicks(y0, y1, 5)) grid.append(s("line", { class: "wb-gridline", x1: box.left, x2: box.right, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 6, y: Y(t) + 4, "text-anchor": "end" }, short(t)));
+    for (const [t, text] of named(logTicks(x0, x1), short)) grid.append(s("line", { class: "wb-gridline", x1: X(t), x2: X(t), y1: box.top, y2: box.bottom }), s("text", { x: X(t), y: box.bottom + 15, "text-anchor": "middle" }, text));
+    for (const [t, text] of named(niceTicks(y0, y1, 5), short)) grid.append(s("line", { class: "wb-gridline", x1: box.left, x2: box.right, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 6, y: Y(t) + 4, "text-anchor": "end" }, text));
     grid.append(
       s("text", { x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" }, `${costSelect.selectedOptions[0].text} (log)`),
       s("text", { transform: `translate(13,${(box.top + box.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, `${m.label}${m.unit ? ` (${m.unit})` : ""}`));

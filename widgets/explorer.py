@@ -28,7 +28,7 @@ import traitlets
 from torch import Tensor
 
 import workbench
-from widgets.live import MAX_SAMPLES, Live, told, wish
+from widgets.live import MAX_SAMPLES, Live, script, told, wish
 from workbench import METHODS, METRICS, Cancelled, Cost, Inputs, Memo, Run, Step, Store, Timing
 from workbench.cost import Meter, Network
 from workbench.frontier import points
@@ -460,8 +460,9 @@ class Explorer(Live):
             if self._fresh and not is_last and not overtaken() and time.monotonic() - drawn >= interval:
                 before = time.monotonic()
                 self._preview(wanted, step)
-                drawn = time.monotonic()
-                interval = max(FRAME, 4 * (drawn - before))  # previews take a fifth of the time at most
+                first, drawn = math.isinf(drawn), time.monotonic()
+                # previews take a fifth of the time at most; the first one may load libraries, and says nothing
+                interval = FRAME if first else max(FRAME, 4 * (drawn - before))
             self._fresh = False
 
         return self._made(wanted, lambda: self._is_closed or overtaken(), on_step)
@@ -890,7 +891,7 @@ class Explorer(Live):
 class ExplorerWidget(anywidget.AnyWidget):
     """An Explorer in JupyterLab. Wishes come as messages and results go as traits: each is set by one side only."""
 
-    _esm = HERE / "explorer.js"
+    _esm = script("ticks.js", "explorer.js")
     _css = HERE / "explorer.css"
     spec = traitlets.Dict().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 MAX_AWAKE = 8  # panels with a worker and memories of their own; the one longest untouched sleeps until it is touched
@@ -20,6 +21,11 @@ MAX_SAMPLES = 2000  # that a panel may be asked for: more would take gigabytes i
 MAX_TEXT = 1_000_000  # characters of a text that a front end may send
 _log = logging.getLogger(__name__)
 Listener = Callable[[str, Any], None]
+
+
+def script(*names: str) -> str:
+    """Files of the front end, one after the other, as one module."""
+    return "\n".join((Path(__file__).parent / name).read_text() for name in names)
 
 
 def wish(given: Any) -> dict[str, Any]:
