@@ -17,8 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench import Cancelled, run, timed
-from workbench.cost import Meter, flops_per_row, machine, measure
+from workbench.cost import Counted, Meter, flops_per_row, machine, measure
 from workbench.problems.mixtures import two_dim, two_modes
+from workbench.rng import of_samples
 
 MB = 2**20
 
@@ -112,8 +113,7 @@ def test_a_network_that_knows_its_work_is_believed():
     def network(x):
         return x
 
-    network.work = lambda x: (2 * len(x), 5.0)
-    meter = Meter({"a": 10.0})
+    meter = Meter({"a": lambda x: (2 * len(x), 5.0)})
     meter.wrap("a", network)(torch.zeros(3, 1))
     assert meter.cost.evaluations == {"a": 6} and meter.cost.flops == {"a": 5.0} and meter.cost.calls == {"a": 1}
 
@@ -223,3 +223,42 @@ def test_meters_of_runs_at_the_same_time_do_not_mix():
     for thread in threads:
         thread.join()
     assert costs == {1: 20, 2: 40, 3: 60}
+
+
+def test_a_price_may_be_a_function_of_the_call_and_tell_rows_apart():
+    kept = torch.tensor([2, 9, 4])
+    meter = Meter({"block": lambda x, n_kept: (len(x), 100.0 * n_kept.double())}, n_samples=3)
+    meter.wrap("block", lambda x, n_kept: x)(torch.zeros(3, 65), kept)
+    assert meter.cost.evaluations == {"block": 3} and meter.cost.flops == {"block": 1500.0}
+    assert meter.spent.tolist() == [200.0, 900.0, 400.0]
+
+
+def test_other_work_is_counted_in_units_of_its_own():
+    meter = Meter({"a": 1.0}, {"pairs": Counted("pairs", lambda x, y: len(x) * len(y)), "looks": Counted("looks")})
+    distances, look = meter.wrap("pairs", torch.cdist), meter.wrap("looks", lambda x: x)
+    assert distances(torch.zeros(3, 2), torch.ones(5, 2)).shape == (3, 5) and len(look([1, 2])) == 2
+    assert meter.cost.counted == {"pairs": 15.0, "looks": 2.0} and meter.cost.evaluations == {"a": 0}
+    assert meter.cost.amount("pairs") == 15 and meter.cost.amount("flops") == 0 == meter.cost.amount("evaluations")
+    with pytest.raises(KeyError, match="no cost 'rays'; there are evaluations, flops, pairs, looks"):
+        meter.cost.amount("rays")
+
+
+def test_what_each_sample_spends():
+    meter = Meter({"a": 10.0}, n_samples=4)
+    network = meter.wrap("a", lambda x: x)
+    network(torch.zeros(4, 1))
+    network(torch.zeros(8, 1))  # two branches of guidance
+    with of_samples([3, 1]):
+        network(torch.zeros(2, 1))
+        network(torch.zeros(4, 1))
+    assert meter.spent.tolist() == [30.0, 60.0, 30.0, 60.0]
+    network(torch.zeros(3, 1))  # of whom?
+    assert meter.spent is None and meter.cost.total_flops == 210
+
+
+@pytest.mark.parametrize(("method", "knobs"), [
+    ("dpm_solver_adaptive", {"n_steps": 200}), ("flow_ode", {"solver": "rk45", "n_steps": 2})])
+def test_samplers_that_choose_their_steps_say_for_whom(method, knobs):
+    """A sample spends what it spends, whatever samples are beside it."""
+    five, two = (run(method, two_dim(), 0, n, **knobs).spent for n in (5, 2))
+    assert torch.equal(five[:2], two) and len(five.unique()) > 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from workbench import Cost, Inputs, Quality, Run, cheapest, pareto, points
 from workbench.frontier import paired
+from workbench.quality import Drawn
 
 
 def made(flops, value, *, seed=0, metric="drift", stderr=0.1, n=10, **different):
@@ -100,3 +102,35 @@ def test_cheapest_within_the_bar():
     for wrong in (([], 0), (candidates, -1)):
         with pytest.raises(ValueError, match="candidates"):
             cheapest(wrong[0], "drift", wrong[1])
+
+
+def sampled(values, clusters=None, seed=0, flops=1):
+    """A run whose figure is the mean of these values."""
+    figure = Drawn(len(values), clusters=clusters).mean(values)
+    return replace(made(flops, figure.value, seed=seed), quality={"drift": figure})
+
+
+def test_settings_that_share_noise_are_compared_sample_by_sample():
+    """The same noise moves both by tens, the settings differ by half: two seeds of eight samples show it."""
+    noise = 10 * torch.randn(2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wobble = 0.05 * torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    a, b = (points([sampled(noise[s] + shift + k * wobble[s], seed=s, flops=1 + k) for s in range(2)], "drift")[0]
+            for k, shift in ((0, 0.5), (1, 0.0)))
+    gap = paired(a, b, "drift")
+    assert abs(gap.value - 0.5) < 5 * 0.05 / 4 and gap.stderr < 0.03 and gap.df == 15
+    alone = [points([replace(r, quality={"drift": replace(r.quality["drift"], values=None)}) for r in p.runs],
+                    "drift")[0] for p in (a, b)]
+    assert paired(*alone, "drift").stderr > 1  # the broken twin: as if the runs were independent
+
+
+def test_seeds_of_the_same_prompts_are_not_independent():
+    """Four prompts of their own level, eight seeds: the levels' spread stays in the error, however many seeds there are."""
+    source = torch.Generator().manual_seed(0)
+    levels = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    prompts = torch.arange(16) % 4
+    runs = [sampled(levels[prompts] + 0.1 * torch.randn(16, generator=source, dtype=torch.float64), prompts, seed=s)
+            for s in range(8)]
+    point = points(runs, "drift")[0]
+    assert point.stderr == pytest.approx(float(levels.std()) / 2, rel=0.1)
+    blind = [replace(r, quality={"drift": replace(r.quality["drift"], drawn=Drawn(16))}) for r in runs]
+    assert points(blind, "drift")[0].stderr < point.stderr / 4  # the broken twin: samples as if of no prompt

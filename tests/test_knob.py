@@ -57,11 +57,11 @@ def test_ends_and_small():
 
 def example(problem, rng, *, n_things: Annotated[int, Knob(low=0, high=9, help="things")] = 3,
             shares: Annotated[tuple[float, ...], Knob(help="shares")] = (0.5,)):
-    """Summary.
-
-    Cost: ``n_things * branches + max(n_things, 2)`` evaluations per sample.
-    """
+    """Summary."""
     yield Step(torch.zeros(1), {})
+
+
+FORMULA = "n_things * branches + max(n_things, 2)"
 
 
 def copy_of(function):
@@ -75,13 +75,14 @@ def copy_of(function):
 def register(monkeypatch):
     """`method` for functions of this file, which stand in no family's folder; taken out of the registry afterwards."""
     before, families = dict(METHODS), dict(FAMILIES)
-    family.register(Family("example", "n_things", lambda problem, knobs: (1,), [], lambda *_: None))
+    family.register(Family("example", "n_things", lambda problem, knobs: (1,), [], lambda *_: None,
+                           sizes=("branches",)))
 
-    def registered(function, where="workbench.methods.example.file", **kwargs):
+    def registered(function, where="workbench.methods.example.file", cost="1", **kwargs):
         function = copy_of(function)
         function.__module__ = where
         monkeypatch.setitem(sys.modules, where, sys.modules[__name__])
-        return method(**({"version": 1, "source": "none"} | kwargs))(function)
+        return method(**({"version": 1, "source": "none", "cost": cost} | kwargs))(function)
 
     yield registered
     METHODS.clear()
@@ -99,12 +100,12 @@ def test_needs_are_values_of_other_knobs_or_any_of_several():
 
 
 def test_registration_reads_the_signature(register):
-    made = register(example)
+    made = register(example, cost=FORMULA)
     assert made is get("example") and made.family == "example" and made.summary == "Summary." and not made.exact
     assert {k: b.kind for k, b in made.knobs.items()} == {"n_things": int, "shares": tuple}
     assert made.check({}) == {"n_things": 3, "shares": (0.5,)}
     assert made.check({"shares": 1}) == {"n_things": 3, "shares": (1.0,)}
-    assert made.evaluations({"n_things": 5}, {"branches": 2}) == 15
+    assert made.spends({"n_things": 5}, {"branches": 2}) == 15
     assert "| `example` | example | Summary. | `n_things`, `shares` |" in methods_table()
 
 
@@ -125,28 +126,25 @@ def test_registration_refuses_what_is_half_declared(register):
     with pytest.raises(TypeError, match="family='sampling'"):
         register(example, family="sampling")
 
-    def no_cost(problem, rng):
-        """No formula."""
-
     def bare(problem, rng, *, n: int = 1):
-        """Cost: ``n`` evaluations per sample."""
+        """Undeclared."""
 
     def no_default(problem, rng, *, n: Annotated[int, Knob(help="n")]):
-        """Cost: ``n`` evaluations per sample."""
+        """Must be given."""
 
     def reserved(problem, rng, *, n_samples: Annotated[int, Knob(help="n")] = 1):
-        """Cost: ``n_samples`` evaluations per sample."""
+        """Of a reserved name."""
 
     def strange(problem, rng, *, n: Annotated[dict | None, Knob(help="n")] = None):
-        """Cost: ``1`` evaluations per sample."""
+        """Of no kind."""
 
     def free_text(problem, rng, *, n: Annotated[str, Knob(help="n")] = "a"):
-        """Cost: ``1`` evaluations per sample."""
+        """Any text."""
 
     def beyond(problem, rng, *, n: Annotated[int, Knob(low=1, high=3, help="n")] = 4):
-        """Cost: ``n`` evaluations per sample."""
+        """Out of bounds."""
 
-    for function, said in ((no_cost, "lacks 'Cost"), (bare, "must be Annotated"), (no_default, "with a default"),
+    for function, said in ((bare, "must be Annotated"), (no_default, "with a default"),
                            (reserved, "'n_samples' is an argument of runs"), (strange, "expected int, float, bool"),
                            (free_text, "a text with choices"), (beyond, "beyond: knob n=4: outside its bounds")):
         with pytest.raises(TypeError, match=said):
@@ -162,9 +160,23 @@ def test_near_matches():
         get("ddim").check({"zzzz": 3})
 
 
-def test_a_formula_cannot_reach_builtins(register):
-    def sly(problem, rng):
-        """Cost: ``__import__('os').getpid()`` evaluations per sample."""
+@pytest.mark.parametrize("cost", ["__import__('os').getpid()", "n_thing", "n_prompt", "1 +", "open('x')"])
+def test_a_formula_names_knobs_sizes_and_functions_of_its_module_only(register, cost):
+    with pytest.raises(TypeError, match=r"example: cost=.*expected (a formula|knobs and sizes \(branches, n_th)"):
+        register(example, cost=cost)
+    assert "example" not in METHODS
 
-    with pytest.raises(NameError):
-        register(sly).evaluations({}, {"branches": 1})
+
+def test_the_docstring_tells_the_formula_and_no_other(register):
+    made = register(example, cost="n_things", at_most=True)
+    assert made.is_bound and "Cost: at most ``n_things`` evaluations per sample." in made.function.__doc__
+    for told, is_fine in (("``n_things``", True), ("``2 * n_things``", False), ("at most ``n_things``", False)):
+        def told_twice(problem, rng, *, n_things: Annotated[int, Knob(help="things")] = 3):
+            ...
+
+        told_twice.__doc__ = f"Summary.\n\nCost: {told} evaluations per sample."
+        if is_fine:
+            register(told_twice, cost="n_things")
+        else:
+            with pytest.raises(TypeError, match=r"its docstring says 'Cost: .*', expected 'Cost: ``n_things`` eval"):
+                register(told_twice, cost="n_things")

@@ -18,6 +18,7 @@ from workbench.quality import (
     Metric,
     Quality,
     combined,
+    difference,
     drift,
     energy_distance,
     frechet,
@@ -25,6 +26,7 @@ from workbench.quality import (
     kernel_distance,
     nearest_training,
     proportion,
+    ratio,
     register_metric,
     wasserstein_1,
 )
@@ -427,3 +429,36 @@ def test_metrics_of_ones_own_are_judged_compared_and_shown():
             register_metric(replace(own, **wrong))
     with pytest.raises(TypeError, match="expected a Metric"):
         register_metric("sharpness")
+
+
+def figures_of_all_kinds():
+    """Figures with values, each with the samples that it came of, stratified and not."""
+    source = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 3, generator=source, dtype=torch.float64) + shift for n, shift in ((60, 0.3), (90, 0.0)))
+    for drawn in (Drawn(60), Drawn(60, torch.arange(60) % 3, (0.5, 0.3, 0.2)), Drawn(60, clusters=torch.arange(60) // 4)):
+        yield proportion(x[:, 0] > 0.2, drawn), drawn
+        yield drift(x, x + 0.1 * x.square(), drawn), drawn
+        yield ratio(x[:, 0] + 2, x[:, 1].square() + 1, Drawn(60, clusters=drawn.clusters)), Drawn(
+            60, clusters=drawn.clusters)
+        if drawn.clusters is None:
+            yield wasserstein_1(x, y, drawn), drawn
+            yield energy_distance(x, y, drawn), drawn
+            yield kernel_distance(x, y, drawn), drawn
+
+
+def test_the_mean_of_a_figures_values_is_the_figure_and_their_spread_its_error():
+    n = 0
+    for figure, drawn in figures_of_all_kinds():
+        told = drawn.mean(figure.values)
+        assert figure.drawn is not None and figure.drawn.equals(drawn) and figure.values.shape == (60,)
+        assert told.value == pytest.approx(figure.value, rel=1e-6)
+        assert 0.7 * figure.stderr <= told.stderr <= 1.45 * figure.stderr  # the distances' own take off what noise adds
+        n += 1
+    assert n == 15
+
+
+def test_differences_of_values_need_the_same_design():
+    one, other = Drawn(6), Drawn(6, clusters=torch.arange(6) // 2)
+    x = torch.arange(6.0)
+    assert difference(one.mean(x), one.mean(x - 1)).value == 1 and difference(one.mean(x), one.mean(x - 1)).stderr == 0
+    assert difference(one.mean(x), other.mean(x)) is None and difference(one.mean(x), Quality(1.0, 0.1, 6)) is None

@@ -72,3 +72,21 @@ def test_shape_dtype_and_too_few_samples():
     assert out.shape == (3, 2, 4) and out.dtype == torch.float32
     with pytest.raises(ValueError, match="n_samples=0"):
         Rng(0, 0)
+
+
+def test_shared_streams_have_names_and_know_no_number_of_samples():
+    def drawn(seed, n, name, size=5):
+        return torch.randperm(1000, generator=Rng(seed, n).shared(name))[:size].tolist()
+
+    assert drawn(1, 1, "order") == drawn(1, 9, "order") != drawn(2, 1, "order") != drawn(1, 1, "index")
+    rng = Rng(1, 2)
+    assert torch.rand(1, generator=rng.shared("order")) != torch.rand(1, generator=rng.shared("order"))
+    before = Rng(1, 2).normal((3,), torch.float64)
+    rng = Rng(1, 2)
+    torch.rand(9, generator=rng.shared("order"))
+    assert torch.equal(rng.normal((3,), torch.float64), before)
+
+
+def test_a_sample_has_one_stream_however_it_is_drawn_from():
+    a, b = Rng(3, 4), Rng(3, 4)
+    assert torch.rand(6, generator=a.stream(2), dtype=torch.float64).tolist() == b.uniforms(2)(6).tolist()

@@ -94,7 +94,7 @@ def test_permalink_refuses_random_damage():
 def test_record_round_trip_with_values_json_has_not():
     quality = {"a": Quality(math.inf, math.nan, 3), "b": Quality(0.1 + 0.2, 1e-300, 4)}
     made = Run(GIVEN, Cost({"m": 3}, {"m": 1}, {"m": 7.5}), quality, {"python": "3"}, torch.ones(2))
-    back = Run.from_dict(json.loads(json.dumps(made.to_dict(), allow_nan=False)), made.answer)
+    back = Run.from_dict(json.loads(json.dumps(made.to_dict(), allow_nan=False)), made.tensors())
     assert back.inputs == GIVEN and back.cost == made.cost and back.quality["b"] == quality["b"]
     assert back.quality["a"].value == math.inf and math.isnan(back.quality["a"].stderr)
 
@@ -121,7 +121,8 @@ def test_wrong_inputs_are_named(wrong, said):
 def test_stop_is_heeded_after_the_very_step(after):
     seen = []
     with pytest.raises(Cancelled):
-        run("ddim", two_modes(), n_samples=2, n_steps=9, on_step=seen.append, stop=lambda: len(seen) >= after)
+        run("ddim", two_modes(), n_samples=2, n_steps=9, stop=lambda: len(seen) >= after,
+            on_step=lambda step, cost: seen.append(step))
     assert [s.info["i"] for s in seen] == list(range(after))
 
 

@@ -283,6 +283,6 @@ def test_records_of_a_newer_format_are_left_alone(tmp_path):
     store.put(run)
     path = tmp_path / f"{run.inputs.key}.json"
     record = json.loads(path.read_text())
-    assert record["format"] == 2
-    path.write_text(json.dumps({**record, "format": 3}))
-    assert store.get(run.inputs) is None and "expected at most 2, a newer workbench wrote it" in store.damaged[path]
+    assert record["format"] == 3
+    path.write_text(json.dumps({**record, "format": 4}))
+    assert store.get(run.inputs) is None and "expected at most 3, a newer workbench wrote it" in store.damaged[path]

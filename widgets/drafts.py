@@ -23,7 +23,7 @@ import traitlets
 import workbench
 from widgets.explorer import FRAME, HERE, Explorer, ExplorerWidget, Stop
 from widgets.live import script, wish
-from workbench import METHODS, Cancelled, Inputs, Run, Step, Store
+from workbench import METHODS, Cancelled, Cost, Inputs, Run, Step, Store
 from workbench.problems.decoding import Decoding, efficiency
 from workbench.speculation.acceptance import optimal
 from workbench.speculation.drafting import draw
@@ -182,7 +182,7 @@ class DraftsExplorer(Explorer):
     def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
         trace, drawn, interval = Trace(), -math.inf, FRAME
 
-        def on_step(step: Step) -> None:
+        def on_step(step: Step, cost: Cost) -> None:
             nonlocal drawn, interval
             block = step.info["blocks"].get(0)
             if block is None:  # the first text has ended before others
@@ -201,7 +201,8 @@ class DraftsExplorer(Explorer):
                 self._traces.popitem(last=False)
         return run
 
-    def _made(self, wanted: Inputs, stop: Stop, on_step: Callable[[Step], object] = lambda step: None) -> Run:
+    def _made(self, wanted: Inputs, stop: Stop, on_step: Callable[[Step, Cost], object] = lambda step, cost: None
+              ) -> Run:
         return workbench.run(wanted.method, self.problem, wanted.seed, wanted.n_samples, stop=stop, on_step=on_step,
                              **wanted.knobs)
 

@@ -497,7 +497,7 @@ class ScheduleEditor(Live):
 
     def _run(self, arm: str, plan: Plan, seed: int, stop: Stop) -> Answer:
         """Run a plan; while it takes long, show the data estimates on the way."""
-        meter = Meter(self.problem.flops)
+        meter = Meter(self.problem.prices)
         points = plan.grid(self.problem.schedule)
         states, estimates = [], []
         answer = Answer(plan, 0.0, torch.empty(0), points[1:], states)

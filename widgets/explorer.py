@@ -453,7 +453,7 @@ class Explorer(Live):
         total = self._n_steps(wanted)
         self._fresh = False
 
-        def on_step(step: Step) -> None:
+        def on_step(step: Step, cost: Cost) -> None:
             nonlocal drawn, interval
             is_last = step.info["i"] + 1 == total  # the finished run is drawn by `_show`
             # steps answered from memory take no time: `_glimpse` has shown how far they reach
@@ -467,13 +467,14 @@ class Explorer(Live):
 
         return self._made(wanted, lambda: self._is_closed or overtaken(), on_step)
 
-    def _made(self, wanted: Inputs, stop: Stop, on_step: Callable[[Step], object] = lambda step: None) -> Run:
+    def _made(self, wanted: Inputs, stop: Stop, on_step: Callable[[Step, Cost], object] = lambda step, cost: None
+              ) -> Run:
         """The run of these settings; where its steps depend on the data, how far each of them came is kept."""
         reached: list[float] = []
 
-        def walked(step: Step) -> None:
+        def walked(step: Step, cost: Cost) -> None:
             reached.append(step.info["there"].log_snr)
-            on_step(step)
+            on_step(step, cost)
 
         run = workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples, stop=stop, on_step=walked,
                             **wanted.knobs)
@@ -577,7 +578,7 @@ class Explorer(Live):
         begin, size = time.monotonic(), min(BATCH, given.n_samples - first)
         labels = self.problem.labels(first + size)
         part = replace(self.problem, labels=lambda n: None if labels is None else labels[first : first + n])
-        meter = Meter(part.flops)
+        meter = Meter(part.prices)
         method, rng = METHODS[given.method].function, Rng(given.seed, size, first)
         answer = None
         for step in method(part.wrapped(meter.wrap), rng, **given.knobs):

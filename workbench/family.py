@@ -11,15 +11,16 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class Family:
     """What a family's methods and problems have in common.
 
     name: that of its folder under methods/. length: the knob that says how far a run goes, in exactly or at most so
-    many steps. shape(problem, knobs) -> the shape of one sample's answer.
+    many steps. shape(problem, knobs) -> the shape of one sample's answer, or shapes by name.
+    sample: the word for one sample. spends: what methods' cost formulas count, "evaluations" or a counted resource of
+    the problems; axis: what figures show cost in, "flops" or such a resource. sizes: the names that formulas may use
+    beside knobs, which `problem.sizes` gives.
     problems: small ones for the contract of methods, as (module:function, keyword arguments), loaded when asked for:
     between them every knob has an effect, and the first takes every value of every knob. told(problem, states, infos):
     raises AssertionError where the steps of a run, of two samples, do not tell what the family's views read.
@@ -27,9 +28,13 @@ class Family:
 
     name: str
     length: str
-    shape: Callable[[Any, Mapping[str, Any]], tuple[int, ...]]
+    shape: Callable[[Any, Mapping[str, Any]], tuple[int, ...] | Mapping[str, tuple[int, ...]]]
     problems: Sequence[tuple[str, Mapping[str, Any]]]
-    told: Callable[[Any, Sequence[Tensor], Sequence[Mapping[str, Any]]], None]
+    told: Callable[[Any, Sequence[Any], Sequence[Mapping[str, Any]]], None]
+    sample: str = "sample"
+    spends: str = "evaluations"
+    axis: str = "flops"
+    sizes: tuple[str, ...] = ()
 
     def makers(self) -> list[Callable[[], Any]]:
         """What makes `problems`. Raises ImportError or AttributeError where one is not there."""

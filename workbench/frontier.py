@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from workbench.quality import METRICS, Quality, combined
+from workbench.quality import METRICS, Quality, combined, difference
 from workbench.run import Run
 
 
@@ -55,14 +55,18 @@ def _point(runs: tuple[Run, ...], metric: str) -> Point:
 def paired(a: Point, b: Point, metric: str) -> Quality:
     """The difference a - b of two settings of one problem that ran from the same seeds, with its interval.
 
-    From four common seeds on by the differences seed by seed; with fewer by both settings' own errors as if the runs
-    were independent, which is too wide where, as usual, the same noise helps or harms both.
+    Sample by sample where the runs know their samples' values (`Quality.values`), as they share noise and cases; else
+    from four common seeds on seed by seed; with fewer by both settings' own errors as if the runs were independent,
+    which is too wide where, as usual, the same noise helps or harms both.
     Raises ValueError where they share no seed.
     """
     ours, theirs = ({r.inputs.seed: r.quality[metric] for r in p.runs} for p in (a, b))
     seeds = [s for s in ours if s in theirs]
     if not seeds:
         raise ValueError(f"seeds {sorted(ours)} and {sorted(theirs)}: expected settings that share a seed")
+    by_sample = [difference(ours[s], theirs[s]) for s in seeds]
+    if all(gap is not None for gap in by_sample):
+        return combined([gap for gap in by_sample if gap is not None])
     n = sum(ours[s].n for s in seeds)
     if len(seeds) >= 4:
         return combined([Quality(ours[s].value - theirs[s].value, math.nan, ours[s].n) for s in seeds])

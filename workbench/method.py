@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -18,22 +19,36 @@ from torch import Tensor
 from workbench.family import FAMILIES
 from workbench.knob import BoundKnob, Knob
 
+Answer = Tensor | Mapping[str, Tensor]  # of one kind within a phase; named where one tensor cannot hold it
+
 
 class Step(NamedTuple):
-    """One step of a method: its state (n_samples, *shape) and what there is to tell about it."""
+    """One step of a method: its state and what there is to tell about it; the last step's state is the answer.
 
-    state: Tensor
+    state: (n_samples, *shape), or named tensors. info: for whoever looks on. phase: the part of the method that the
+    step belongs to, where it has several (selecting, training). trace: {series: a number, or one for each sample
+    (n_samples,)}, kept with the run.
+    """
+
+    state: Answer
     info: dict[str, Any]
+    phase: str = ""
+    trace: Mapping[str, float | Tensor] = MappingProxyType({})
+
+
+def tensors_of(answer: Answer) -> dict[str, Tensor]:
+    """An answer's tensors by name; "" where it is one tensor."""
+    return {"": answer} if isinstance(answer, Tensor) else dict(answer)
 
 
 @dataclass(frozen=True)
 class Method:
     """A registered method.
 
-    exact is the claim that its output law equals the reference's. cost is the formula of its docstring: evaluations per
-    sample, in terms of its knobs, functions of its module and the problem's `sizes`: `branches` (2 where guidance
-    evaluates two branches, else 1) in the denoising family, `n_prompt` in the decoding family. Where the docstring says
-    "at most", what is spent depends on the data.
+    exact is the claim that its output law equals the reference's. cost is a formula: what its family counts
+    (evaluations, looks, ...) per sample, in terms of its knobs, functions of its module and the sizes that the family's
+    problems tell.
+    is_bound: it is the most; what is spent depends on the data.
     """
 
     name: str
@@ -57,9 +72,9 @@ class Method:
                 raise TypeError(f"{self.name} has no knob {name!r}{_near(name, self.knobs)}")
         return {name: bound.check(knobs.get(name, bound.default)) for name, bound in self.knobs.items()}
 
-    def evaluations(self, knobs: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
-        """Evaluations per sample by the docstring's formula; sizes: what `problem.sizes(knobs)` gives."""
-        names = {**self.function.__globals__, "__builtins__": {}, "max": max, "min": min}
+    def spends(self, knobs: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+        """The cost per sample by the method's formula; sizes: what `problem.sizes(knobs)` gives."""
+        names = {**self.function.__globals__, "__builtins__": {}, **_FUNCTIONS}
         return int(eval(self.cost, names, {**knobs, **sizes}))
 
 
@@ -68,18 +83,22 @@ KINDS = (int, float, bool, str, tuple)
 # What runs, sweeps and panels are asked for beside knobs: a knob of such a name could not be given.
 RESERVED = frozenset({"method", "problem", "seed", "seeds", "n_samples", "stop", "on_step", "on_run", "repeats", "axes",
                       "memo", "store"})
-_COST = re.compile(r"Cost:\s+(at most\s+)?``(.+?)``\s+evaluations\s+per\s+sample", re.DOTALL)
+_FUNCTIONS = {"max": max, "min": min, "len": len, "sum": sum, "round": round}  # what cost formulas may use
+_COST = re.compile(r"Cost:\s+(at most\s+)?``(.+?)``", re.DOTALL)
 
 
-def method(*, version: int, source: str, exact: bool = False, family: str | None = None
-           ) -> Callable[[Callable[..., Iterator[Step]]], Method]:
+def method(*, version: int, source: str, cost: str, at_most: bool = False, exact: bool = False,
+           family: str | None = None) -> Callable[[Callable[..., Iterator[Step]]], Method]:
     """Register a generator function as a method.
 
+    cost: a formula, what the family counts per sample (`Family.spends`) in terms of the knobs, functions of the module
+    and the family's `sizes`; at_most: it is the most, as what is spent depends on the data. The docstring tells it too:
+    where it does not, it is added.
     family: by default the name of the folder under methods/ that it stands in, however deep; elsewhere, as in a
     notebook, it must be given. A function of the same place registered again, as by a cell that runs anew, replaces it.
-    Raises TypeError where the function declares no cost formula, an undeclared keyword, one of RESERVED or of another
-    kind than KINDS, a default that it would not take, a name that is taken by a function of another place, or no known
-    family.
+    Raises TypeError where the formula is none, names what it may not or differs from the docstring's, or the function
+    declares an undeclared keyword, one of RESERVED or of another kind than KINDS, a default that it would not take, a
+    name that is taken by a function of another place, or no known family.
     """
 
     def register(function: Callable[..., Iterator[Step]]) -> Method:
@@ -91,11 +110,15 @@ def method(*, version: int, source: str, exact: bool = False, family: str | None
             raise TypeError(f"method {name!r}: family={own!r}, expected one of {', '.join(FAMILIES)}")
         if name in METHODS and METHODS[name].function.__module__ != function.__module__:
             raise TypeError(f"method {name!r} is registered twice: {METHODS[name].function.__module__}")
-        cost = _COST.search(inspect.getdoc(function) or "")
-        if cost is None:
-            raise TypeError(f"method {name!r}: its docstring lacks 'Cost: ``formula`` evaluations per sample'")
-        METHODS[name] = Method(name, own, function, version, source, exact,
-                               _knobs(function), cost[2], bool(cost[1]))
+        knobs = _knobs(function)
+        _check_formula(function, cost, {*knobs, *FAMILIES[own].sizes})
+        what = f"Cost: {'at most ' * at_most}``{cost}`` {FAMILIES[own].spends} per sample."
+        told = _COST.search(inspect.getdoc(function) or "")
+        if told is None:
+            function.__doc__ = f"{inspect.getdoc(function) or name}\n\n{what}"
+        elif (" ".join(told[2].split()), bool(told[1])) != (cost, at_most):
+            raise TypeError(f"method {name!r}: its docstring says {' '.join(told[0].split())!r}, expected {what!r}")
+        METHODS[name] = Method(name, own, function, version, source, exact, knobs, cost, at_most)
         return METHODS[name]
 
     return register
@@ -110,10 +133,10 @@ def get(name: str) -> Method:
 
 def methods_table() -> str:
     """The registry as a Markdown table, as the README shows it."""
-    rows = ["| method | family | what it does | knobs | evaluations per sample | source |", "|---|---|---|---|---|---|"]
+    rows = ["| method | family | what it does | knobs | cost per sample | source |", "|---|---|---|---|---|---|"]
     for m in sorted(METHODS.values(), key=lambda m: (m.family, m.name)):
         knobs = ", ".join(f"`{name}`" for name in m.knobs)
-        cost = f"{'at most ' * m.is_bound}`{m.cost}`"
+        cost = f"{'at most ' * m.is_bound}`{m.cost}` {FAMILIES[m.family].spends}"
         rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {knobs} | {cost} | {m.source} |")
     return "\n".join(rows)
 
@@ -141,6 +164,18 @@ def _knobs(function: Callable[..., Any]) -> dict[str, BoundKnob]:
         except (TypeError, ValueError) as error:
             raise TypeError(f"{function.__name__}: {error}") from error
     return bound
+
+
+def _check_formula(function: Callable[..., Any], cost: str, known: Set[str]) -> None:
+    """Raises TypeError where a cost formula does not compile, or names what is neither known nor of the module."""
+    try:
+        names = compile(cost, "cost", "eval").co_names
+    except SyntaxError as error:
+        raise TypeError(f"{function.__name__}: cost={cost!r}: expected a formula ({error})") from None
+    strange = [n for n in names if n not in known and n not in _FUNCTIONS and n not in function.__globals__]
+    if strange:
+        raise TypeError(f"{function.__name__}: cost={cost!r} names {', '.join(strange)}: expected knobs and sizes "
+                        f"({', '.join(sorted(known))}) and functions of its module")
 
 
 def _near(name: str, names: Mapping[str, Any]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import platform
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,29 +19,12 @@ import workbench
 from workbench import sources
 from workbench.cost import Cost, Meter, Network, Timing, measure
 from workbench.knob import plain
-from workbench.method import Method, Step, get
+from workbench.method import Answer, Method, Step, get, tensors_of
+from workbench.problem import Problem
 from workbench.quality import METRICS, Drawn, Quality, drift
 from workbench.rng import Rng
 
 _FIGURES = ("value", "stderr", "low", "high", "df")  # of a Quality; records of older versions lack the last three
-
-
-class Problem(Protocol):
-    """What run() needs of a problem, whatever its family."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def flops(self) -> Mapping[str, float]: ...
-    @property
-    def labels(self) -> Callable[[int], Tensor | None]: ...
-    @property
-    def remembers(self) -> bool: ...  # whether models keep what they were given, so that runs cannot share evaluations
-    @property
-    def judge(self) -> Callable[[Tensor, Tensor | None], dict[str, Quality]]: ...
-    def wrapped(self, wrap: Callable[[str, Network], Network]) -> Any: ...
 
 
 MAX_SAMPLES = 100_000  # of one run: each sample has a random stream of its own, some kilobytes
@@ -127,13 +111,22 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its inputs, cost, quality and environment. `answer` (n_samples, *shape) is stored beside the record."""
+    """One run: its inputs, cost, quality and environment; beside the record it has tensors, which are not compared.
+
+    answer: the last step's state, (n_samples, *shape) or named tensors. trace: {series: (steps,) or (steps,
+    n_samples)}, one entry per step: "evaluations" and "flops" so far, each counted resource so far, and what the steps
+    told (nan at steps that did not). phases: (name, steps) in order. spent: FLOPs of each sample (n_samples,), where
+    calls could be told apart by sample.
+    """
 
     inputs: Inputs
     cost: Cost
     quality: Mapping[str, Quality]
     environment: Mapping[str, str]
-    answer: Tensor = field(compare=False, repr=False)
+    answer: Answer = field(compare=False, repr=False)
+    trace: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    phases: tuple[tuple[str, int], ...] = ()
+    spent: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def knobs(self) -> Mapping[str, Any]:
@@ -145,16 +138,38 @@ class Run:
         knobs = ", ".join(f"{name} {value}" for name, value in self.knobs.items())
         return f"{self.inputs.method} on {self.inputs.problem}: {knobs}, seed {self.inputs.seed}"
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors, in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All its tensors by name: answer or answer/<name>, trace/<series>, spent, and of each metric's figure
+        values/, strata/, shares/ and clusters/<metric>."""
+        found = {f"answer/{name}" if name else "answer": part for name, part in tensors_of(self.answer).items()}
+        found |= {f"trace/{name}": series for name, series in self.trace.items()}
+        if self.spent is not None:
+            found["spent"] = self.spent
+        for metric, figure in self.quality.items():
+            drawn = figure.drawn
+            if figure.values is None or drawn is None:
+                continue
+            shares = None if drawn.shares is None else torch.tensor(drawn.shares, dtype=torch.float64)
+            parts = {"values": figure.values, "strata": drawn.strata, "shares": shares, "clusters": drawn.clusters}
+            found |= {f"{part}/{metric}": tensor for part, tensor in parts.items() if tensor is not None}
+        return found
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the answer, as JSON takes it (nan and infinity as strings)."""
+        """Everything but the tensors, as JSON takes it (nan and infinity as strings)."""
         record = {"inputs": asdict(self.inputs), "cost": asdict(self.cost), "environment": dict(self.environment)}
         record["quality"] = {name: {"n": q.n} | {figure: repr(getattr(q, figure)) for figure in _FIGURES}
                              for name, q in self.quality.items()}
-        return record
+        return record | {"phases": [list(phase) for phase in self.phases]}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any], answer: Tensor) -> Run:
-        """The inverse of `to_dict`. Raises ValueError, TypeError or KeyError where a field is of another kind."""
+    def from_dict(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Run:
+        """The inverse of `to_dict` and `tensors`; records of older formats have no phases and no other tensor than the
+        answer. Raises ValueError, TypeError or KeyError where a field is of another kind."""
         for part in record["cost"].values():
             if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in part.values()):
                 raise ValueError(f"cost {part!r}: expected numbers")
@@ -162,9 +177,24 @@ class Run:
             raise ValueError(f"environment {record['environment']!r}: expected texts")
         if not all(isinstance(q["n"], int) for q in record["quality"].values()):
             raise ValueError(f"quality {record['quality']!r}: expected whole numbers n")
-        quality = {name: Quality(n=q["n"], **{figure: float(q[figure]) for figure in _FIGURES if figure in q})
-                   for name, q in record["quality"].items()}
-        return cls(Inputs.from_dict(record["inputs"]), Cost(**record["cost"]), quality, record["environment"], answer)
+        under: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            under.setdefault(kind, {})[rest] = tensor
+        quality = {}
+        for metric, q in record["quality"].items():
+            values, drawn = under.get("values", {}).get(metric), None
+            if values is not None:
+                shares = under.get("shares", {}).get(metric)
+                drawn = Drawn(len(values), under.get("strata", {}).get(metric),
+                              None if shares is None else tuple(shares.tolist()), under.get("clusters", {}).get(metric))
+            quality[metric] = Quality(n=q["n"], values=values, drawn=drawn,
+                                      **{figure: float(q[figure]) for figure in _FIGURES if figure in q})
+        answer = under["answer"]
+        phases = tuple((str(name), int(steps)) for name, steps in record.get("phases", ()))
+        return cls(Inputs.from_dict(record["inputs"]), Cost(**record["cost"]), quality, record["environment"],
+                   answer[""] if set(answer) == {""} else answer, under.get("trace", {}), phases,
+                   under.get("spent", {}).get(""))
 
 
 def inputs(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, **knobs: Any) -> Inputs:
@@ -175,11 +205,11 @@ def inputs(method: str | Method, problem: Problem, seed: int = 0, n_samples: int
     """
     if isinstance(method, str):
         method = get(method)
-    if not isinstance(getattr(problem, "digest", None), str):
+    if not isinstance(problem, Problem):
         raise TypeError(f"problem={problem!r:.100}: expected a problem, such as workbench.problems.glyphs.glyphs()")
-    family = getattr(problem, "family", method.family)
-    if family != method.family:
-        raise ValueError(f"method {method.name!r} is of the family {method.family}, {problem.name!r} of {family}")
+    if problem.family != method.family:
+        raise ValueError(f"method {method.name!r} is of the family {method.family}, {problem.name!r} of "
+                         f"{problem.family}")
     seed, n_samples = plain(seed), plain(n_samples)
     for name, value, low, high in (("seed", seed, 0, MAX_SEED), ("n_samples", n_samples, 1, MAX_SAMPLES)):
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -192,27 +222,32 @@ def code_of(method: Method) -> str:
     return f"{workbench.__version__}+{method.name}.{method.version}.{sources.digest_of(method.function)}"
 
 
-def check(problem: Problem) -> None:
-    """Ask the problem, where it can tell, whether its models are still those of its digest. Raises what it raises."""
-    getattr(problem, "check", lambda: None)()
-
-
 def run(method: str | Method, problem: Problem, seed: int = 0, n_samples: int = 16, *,
-        stop: Callable[[], bool] = lambda: False, on_step: Callable[[Step], object] | None = None, **knobs: Any) -> Run:
+        stop: Callable[[], bool] = lambda: False, on_step: Callable[[Step, Cost], object] | None = None, **knobs: Any
+        ) -> Run:
     """Run a method on a problem: validate, drain its generator, meter its evaluations, judge its answer.
 
     stop() is asked before every call of a network and after every step; once true, Cancelled is raised and nothing is
-    recorded. on_step(step) sees each step. Costs what the method's docstring says, in evaluations. Raises what `inputs`
-    and the method raise, ValueError where the answer is not finite, and JudgeError, which holds the run, where the
-    judge fails.
+    recorded. on_step(step, cost) sees each step and what was spent so far. Costs what the method says. Raises what
+    `inputs` and the method raise, ValueError where the answer is not finite, and JudgeError, which holds the run, where
+    the judge fails.
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
-    check(problem)
-    meter = Meter(problem.flops)
-    answer = _drain(given, problem, meter, stop, on_step)
-    if not bool(torch.isfinite(answer).all()):
-        raise ValueError(f"{given.method}: the answer has entries that are not finite, with {dict(given.knobs)}")
-    made = Run(given, meter.cost, {}, environment(answer), answer)
+    problem.check()
+    meter, along = Meter(problem.prices, problem.counted, n_samples=given.n_samples), _Along(given)
+    for step in _steps(given, problem, meter, stop):
+        if on_step is not None:
+            on_step(step, meter.cost)
+        along.note(step, meter)
+        if stop():
+            raise Cancelled
+    answer = along.answer()
+    for name, part in tensors_of(answer).items():
+        if not bool(torch.isfinite(part).all()):
+            which = f" {name!r}" if name else ""
+            raise ValueError(f"{given.method}: the answer{which} has entries that are not finite, with "
+                             f"{dict(given.knobs)}")
+    made = Run(given, meter.cost, {}, environment(answer), answer, along.trace(), along.phases(), meter.spent)
     return replace(made, quality=_judged(made, problem))
 
 
@@ -220,7 +255,7 @@ def _judged(made: Run, problem: Problem) -> dict[str, Quality]:
     """What the problem's judge says. Raises JudgeError where it fails, or says what is no figure of a known metric."""
     name, n = made.inputs.problem, made.inputs.n_samples
     try:
-        said = problem.judge(made.answer, problem.labels(n))
+        said = problem.judge(made.answer, problem.cases(made.inputs.seed, n))
     except Cancelled:
         raise
     except Exception as error:
@@ -243,35 +278,44 @@ def timed(method: str | Method, problem: Problem, seed: int = 0, n_samples: int 
     `run` raises.
     """
     given = inputs(method, problem, seed, n_samples, **knobs)
-    check(problem)
-    return measure(lambda meter: _drain(given, problem, meter, stop, None), problem.flops, repeats=repeats)
+    problem.check()
+
+    def once(meter: Meter) -> None:
+        for _ in _steps(given, problem, meter, stop):
+            if stop():
+                raise Cancelled
+
+    return measure(once, problem.prices, repeats=repeats, counted=problem.counted)
 
 
-def compared(run: Run, reference: Run, problem: Any) -> Run:
+def compared(run: Run, reference: Run, problem: Problem) -> Run:
     """`run` with its "drift" from a reference run that started from the same noise (same seed and n_samples).
 
     In pictures (0 to 1) where the problem has them, else in the units of its state. Raises ValueError where the two
-    runs differ in problem, seed or n_samples.
+    runs differ in problem, seed or n_samples, or their answers are no tensors.
     """
     for name in ("problem", "digest", "seed", "n_samples"):
         ours, theirs = getattr(run.inputs, name), getattr(reference.inputs, name)
         if ours != theirs:
             raise ValueError(f"reference of another {name}: {theirs!r}, the run has {ours!r}")
     a, b = run.answer, reference.answer
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        raise ValueError(f"{run.inputs.method} answers by named tensors: expected one tensor to take the distance of")
     if problem.images is not None:
         a, b = problem.images(a) / 255, problem.images(b) / 255
-    drawn = Drawn(len(a), problem.labels(len(a)))
+    drawn = problem.drawn(problem.cases(run.inputs.seed, len(a)), len(a))
     return replace(run, quality={**run.quality, "drift": drift(a, b, drawn)})
 
 
-def environment(answer: Tensor) -> dict[str, str]:
+def environment(answer: Answer) -> dict[str, str]:
     """What figures may depend on beside the inputs."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": str(answer.device),
+    device = next(iter(tensors_of(answer).values())).device
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "device": str(device),
             "threads": str(torch.get_num_threads()), "machine": platform.machine()}
 
 
-def _drain(given: Inputs, problem: Problem, meter: Meter, stop: Callable[[], bool],
-           on_step: Callable[[Step], object] | None) -> Tensor:
+def _steps(given: Inputs, problem: Problem, meter: Meter, stop: Callable[[], bool]) -> Iterator[Step]:
+    """The method's steps, its networks and counted callables metered."""
     def wrap(name: str, network: Network) -> Network:
         counted = meter.wrap(name, network)
 
@@ -282,13 +326,50 @@ def _drain(given: Inputs, problem: Problem, meter: Meter, stop: Callable[[], boo
 
         return asked
 
-    rng = Rng(given.seed, given.n_samples)
-    step = None
-    for step in get(given.method).function(problem.wrapped(wrap), rng, **given.knobs):
-        if on_step is not None:
-            on_step(step)
-        if stop():
-            raise Cancelled
-    if step is None:
-        raise ValueError(f"{given.method} yielded no step with {dict(given.knobs)}")
-    return step.state
+    return get(given.method).function(problem.wrapped(wrap), Rng(given.seed, given.n_samples), **given.knobs)
+
+
+class _Along:
+    """What a run's steps tell as they go by."""
+
+    def __init__(self, given: Inputs) -> None:
+        self._given, self._n_steps = given, 0
+        self._last: Step | None = None
+        self._series: dict[str, list[Any]] = {}
+        self._phases: list[tuple[str, int]] = []
+
+    def note(self, step: Step, meter: Meter) -> None:
+        spent = meter.cost
+        told = {"evaluations": spent.total_evaluations, "flops": spent.total_flops, **spent.counted, **step.trace}
+        for name, value in told.items():
+            self._series.setdefault(name, [math.nan] * self._n_steps).append(value)
+        for series in self._series.values():
+            if len(series) == self._n_steps:
+                series.append(math.nan)
+        if self._phases and self._phases[-1][0] == step.phase:
+            self._phases[-1] = (step.phase, self._phases[-1][1] + 1)
+        else:
+            self._phases.append((step.phase, 1))
+        self._n_steps, self._last = self._n_steps + 1, step
+
+    def answer(self) -> Answer:
+        if self._last is None:
+            raise ValueError(f"{self._given.method} yielded no step with {dict(self._given.knobs)}")
+        return self._last.state
+
+    def trace(self) -> dict[str, Tensor]:
+        return {name: self._stacked(name, series) for name, series in self._series.items()}
+
+    def phases(self) -> tuple[tuple[str, int], ...]:
+        return tuple(self._phases)
+
+    def _stacked(self, name: str, series: list[Any]) -> Tensor:
+        if not any(isinstance(value, Tensor) for value in series):
+            return torch.tensor([float(value) for value in series], dtype=torch.float64)
+        n = self._given.n_samples
+        wrong = next((v for v in series if isinstance(v, Tensor) and v.shape != (n,)), None)
+        if wrong is not None:
+            raise ValueError(f"{self._given.method} told {name!r} of shape {tuple(wrong.shape)}: expected a number or "
+                             f"({n},), one for each sample")
+        return torch.stack([value.double().cpu() if isinstance(value, Tensor)
+                            else torch.full((n,), float(value), dtype=torch.float64) for value in series])

@@ -1,4 +1,4 @@
-"""Runs on disk, named by their content key: <folder>/<key>.safetensors (the answer) and <key>.json (the record)."""
+"""Runs on disk, named by their content key: <folder>/<key>.json (the record) and <key>.safetensors (the tensors)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from workbench.run import Inputs, Run, code_of
 
 _log = logging.getLogger(__name__)
 _PARTS = {"inputs", "cost", "quality", "environment"}
-FORMAT = 2  # of a record; 1 had neither this number nor a checksum of its own
+FORMAT = 3  # of a record; 1 had neither this number nor a checksum of its own, 2 no phases and only the answer beside
 _ABANDONED = 3600  # seconds after which a temporary file is that of a writer that was killed
 
 
@@ -51,7 +51,8 @@ class Store:
 
     def put(self, run: Run) -> None:
         """Keep a run; the same key overwrites. Raises OSError that names the path where it cannot be written."""
-        key, answer = run.inputs.key, save({"answer": run.answer.contiguous().cpu()})
+        key = run.inputs.key
+        answer = save({name: tensor.contiguous().cpu() for name, tensor in run.tensors().items()})
         record = {"format": FORMAT, **run.to_dict()}
         record["checksum"] = _checksum(record, answer)
         self._write(f"{key}.safetensors", answer)
@@ -115,11 +116,11 @@ def _sound(text: bytes, answer_path: Path, key: str) -> Run:
     checksum = record.pop("checksum", None)
     if record.get("format", 1) not in range(1, FORMAT + 1):
         raise ValueError(f"format {record['format']!r}: expected at most {FORMAT}, a newer workbench wrote it")
-    if set(record) - {"format"} != _PARTS:
+    if set(record) - {"format", "phases"} != _PARTS:
         raise ValueError(f"fields {sorted(record)}: expected {', '.join(sorted(_PARTS))}")
     if checksum is not None and checksum != _checksum(record, answer):
         raise ValueError("its checksum does not match")
-    run = Run.from_dict(record, load(answer)["answer"])
+    run = Run.from_dict(record, load(answer))
     if run.inputs.key != key:
         raise ValueError("its name is not that of its inputs")
     return run

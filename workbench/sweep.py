@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from workbench.cost import Network
-from workbench.run import Cancelled, Inputs, Problem, Run, check, inputs, run
+from workbench.problem import Problem
+from workbench.run import Cancelled, Inputs, Run, inputs, run
 from workbench.store import Store
 
 _log = logging.getLogger(__name__)
@@ -32,24 +34,24 @@ class Memo:
 
     def __init__(self, max_bytes: int = 256_000_000) -> None:
         self._max, self._held = max_bytes, 0
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._kept: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: bytes) -> Tensor | None:
+    def get(self, key: bytes) -> Any:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
             return None
 
-    def put(self, key: bytes, out: Tensor) -> None:
+    def put(self, key: bytes, out: Any) -> None:
         with self._lock:
             if key in self._kept:
                 return
             self._kept[key] = out
-            self._held += out.nbytes
+            self._held += _nbytes(out)
             while self._held > self._max and len(self._kept) > 1:
-                self._held -= self._kept.popitem(last=False)[1].nbytes
+                self._held -= _nbytes(self._kept.popitem(last=False)[1])
 
     def clear(self) -> None:
         """Forget everything."""
@@ -60,7 +62,7 @@ class Memo:
     def wrap(self, name: str, network: Network) -> Network:
         """`network`, asked only for inputs that it was not asked for before."""
 
-        def remembered(*rows: Tensor | None) -> Tensor:
+        def remembered(*rows: Any) -> Any:
             key = address(name, rows)
             out = self.get(key)
             if out is None:
@@ -82,14 +84,21 @@ class Memo:
         return recalled
 
 
-def address(name: str, rows: Sequence[Tensor | None]) -> bytes:
-    """16 bytes that stand for a network's name and the exact bits, shapes and types of its inputs."""
+def address(name: str, arguments: Sequence[Any]) -> bytes:
+    """16 bytes that stand for a network's name and its arguments: the exact bits, shapes and types of tensors, wherever
+    they are nested, and the text of all else."""
     digest = hashlib.blake2b(name.encode(), digest_size=16)
-    for tensor in rows:
-        if tensor is not None:
-            digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode())
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif leaf is not None:
+            digest.update(f"\0{leaf!r}".encode())
     return digest.digest()
+
+
+def _nbytes(out: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
 
 
 class _Ask:
@@ -256,7 +265,7 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
     """The runs of `wanted`, in order, on one problem; those already in `store` are read, new ones are put there.
 
     Up to at_once runs advance together, in batches of up to max_rows rows. Costs in each Run are those of that run
-    on its own. Problems whose models remember (language models) share nothing: their runs follow each other.
+    on its own. Where a problem's `sharing` is "memo" or "none" its runs follow each other.
     on_run(run) is called as runs end. store: one, or its folder; where it cannot be written, that is said once in the
     log and the runs are given back all the same. Raises ValueError for inputs of another problem; Cancelled once stop()
     is true: runs that ended stay stored; and the first error of a run, after the others have ended.
@@ -267,7 +276,7 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
         if item.digest != problem.digest:
             raise ValueError(f"inputs of {item.problem!r} ({item.digest}): expected those of {problem.name!r} "
                              f"({problem.digest})")
-    check(problem)
+    problem.check()
     memo = memo if memo is not None else Memo()
     done: dict[str, Run] = {}
     failed: list[BaseException] = []
@@ -291,9 +300,10 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
         except BaseException as error:  # raised again below, in the caller's thread
             failed.append(error)
 
-    if problem.remembers:  # nothing can be shared, so one after the other
+    if problem.sharing != "batch":  # one after the other
+        alone = problem if problem.sharing == "none" else problem.wrapped(memo.wrap)
         for item in todo.values():
-            job(item, problem)
+            job(item, alone)
             if failed:
                 raise failed[0]
         return [done[item.key] for item in wanted]

@@ -67,7 +67,7 @@ def test_unequal_prompts_cost_what_is_computed_and_no_more_than_the_formula(meth
             pass
     made = run(method, asked, 0, 3, n_tokens=9)
     assert 0 < made.cost.total_flops <= counter.get_total_flops() <= 1.03 * made.cost.total_flops
-    assert made.cost.total_evaluations <= 3 * METHODS[method].evaluations(made.knobs, asked.sizes(made.knobs))
+    assert made.cost.total_evaluations <= 3 * METHODS[method].spends(made.knobs, asked.sizes(made.knobs))
 
 
 def test_what_is_written_is_judged_row_by_row() -> None:
@@ -319,7 +319,7 @@ def test_a_model_that_changes_in_place_is_told_not_used(what: str, which: str) -
     IN_PLACE[what]({"target": target, "draft": draft}[which])
     uses: list[Callable[[], object]] = [
         lambda: run("speculative", asked, 0, 2, n_tokens=4), lambda: asked.positions("draft"),
-        *([lambda: asked.judge(made.answer, None)] if which == "target" else [])]
+        *([lambda: asked.judge(made.answer, asked.prompts(len(made.answer)))] if which == "target" else [])]
     for use in uses:
         with pytest.raises(Exception, match=f"{which} has changed since this problem was made"):
             use()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,13 +32,13 @@ def decode(target: LanguageModel, draft: LanguageModel, n_tokens: int) -> None:
 
 
 def metered(model: LanguageModel, meter: Meter) -> LanguageModel:
-    return LanguageModel(model.name, meter.wrap(model.name, model.network), model.begin, model.vocab_size)
+    return replace(model, network=meter.wrap(model.name, model.network))
 
 
 def assert_is_charged_for_what_it_computes(family: str, attention: str) -> None:
     target = language_model(family, attention=attention)
     models = [causal(target, "target"), causal(like(target, 0.5), "draft")]
-    meter = Meter({m.name: 0.0 for m in models})
+    meter = Meter({m.name: m.work for m in models})
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         decode(*(metered(m, meter) for m in models), n_tokens=9)
     found, spent = counter.get_total_flops(), meter.cost.total_flops
@@ -65,7 +66,7 @@ def test_the_charge_is_too_low_where_only_wanted_positions_count(monkeypatch: py
 
 def test_rows_that_have_ended_and_padding_are_evaluations() -> None:
     model = causal(language_model(), "target")
-    meter = Meter({"target": 1.0})
+    meter = Meter({"target": model.work})
     network, state = meter.wrap("target", model.network), model.begin(3)
     session = causal_module.Ask(state, [[2, 3, 4], [5], []], [[-1, 0, 1], [-1], []], [[2], [0], []])
     network(torch.tensor([2, 3, 4, 5]), session)

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.cost import Price
 from workbench.family import Family, register
+from workbench.problem import Problem
 from workbench.quality import Drawn, Metric, Quality, ratio, register_metric
 from workbench.speculation.drafting import draw
 from workbench.speculation.engine import Ask, LanguageModel, Network, Warp
 from workbench.speculation.rules import RULES
-
-if TYPE_CHECKING:
-    from workbench.run import Inputs
 
 register_metric(Metric(
     "block_efficiency", "tokens per target pass", "", True, 6,
@@ -38,41 +37,49 @@ register_metric(Metric(
 FIRST = 0  # the token that closed-form problems start from
 
 
-@dataclass(frozen=True)
-class Decoding:
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Problem):
     """A decoding problem: a target, drafts cheapest first, prompts, and the judge of what is written.
 
-    Answers are (n_samples, n_tokens, 2) integers: the token, and the number of the target pass that it came of, from 0;
-    both are -1 after a sequence's end. Of the tokens of one pass the last is the target's own, the others are accepted
-    drafts. prompts(n) -> n lists of at most n_prompt token ids; sample i's never depends on n.
-    judge(answer, None) -> {metric: Quality}. positions(draft name) -> the logits (m, V) of target and draft at the same
-    m contexts, as the target writes them: what acceptance is measured on. text(tokens) -> what a person reads.
-    flops: {model: per position}; where attention makes it grow, of the longest prompt's last; runs are charged for what
-    each pass computes, padding in a batch of unequal prompts too. ends: the tokens that end a sequence.
+    What every problem has is said there. Answers are (n_samples, n_tokens, 2) integers: the token, and the number of
+    the target pass that it came of, from 0; both are -1 after a sequence's end. Of the tokens of one pass the last is
+    the target's own, the others are accepted drafts. prompts(n) -> n lists of at most n_prompt token ids; sample i's
+    never depends on n, and they are the cases that the judge sees. positions(draft name) -> the logits (m, V) of target
+    and draft at the same m contexts, as the target writes them: what acceptance is measured on. text(tokens) -> what a
+    person reads. flops: {model: per position}; where attention makes it grow, of the longest prompt's last; runs are
+    charged for what each pass computes, padding in a batch of unequal prompts too. ends: the tokens that end a
+    sequence. dtype: of the logits.
     """
 
-    name: str
-    digest: str
     target: LanguageModel
     drafts: tuple[LanguageModel, ...]
     prompts: Callable[[int], list[list[int]]]
     n_prompt: int
-    judge: Callable[[Tensor, Tensor | None], dict[str, Quality]]
     positions: Callable[[str], tuple[Tensor, Tensor]]
     text: Callable[[Sequence[int]], str]
-    flops: Mapping[str, float]
     reference: tuple[str, Mapping[str, Any]] = ("autoregressive", {})
     baseline: tuple[str, Mapping[str, Any]] = ("speculative", {})
     ends: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.float32  # of the logits
-    device: str = "cpu"
-    preset: Mapping[str, Any] = field(default_factory=dict)  # knob values that suit this problem
-    source: str = ""  # Python lines that build this problem under the name `problem`
-    code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
-    images: None = None
-    remembers = True  # a model's answer depends on what its session was given before: passes cannot be shared
-    state_dtype = torch.int64
-    family = "decoding"
+    family: ClassVar[str] = "decoding"
+    sharing: ClassVar[str] = "none"  # a model's answer depends on what its session was given before
+
+    def cases(self, seed: int, n: int) -> list[list[int]]:
+        """The samples' prompts."""
+        return self.prompts(n)
+
+    def drawn(self, cases: list[list[int]], n: int) -> Drawn:
+        """Samples that continue one prompt are of one cluster; where all do, they are independent given it."""
+        given = [tuple(prompt) for prompt in cases]
+        numbers = [given.index(prompt) for prompt in given]
+        return Drawn(n, clusters=torch.tensor(numbers)) if any(numbers) else Drawn(n)
+
+    @property
+    def prices(self) -> Mapping[str, Price]:
+        return {m.name: self.flops[m.name] if m.work is None else m.work for m in self.models}
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.int64
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:
@@ -89,11 +96,8 @@ class Decoding:
             raise ValueError(f"draft={which!r}: expected one of {', '.join(names)}")
         return names[which]
 
-    def labels(self, n: int) -> None:
-        """Samples have no labels."""
-
     def sizes(self, knobs: Mapping[str, Any]) -> dict[str, int]:
-        """What cost formulas may name beside the knobs: n_prompt, tokens of the longest prompt (others are padded)."""
+        """n_prompt: tokens of the longest prompt (others are padded)."""
         return {"n_prompt": self.n_prompt}
 
     def wrapped(self, wrap: Callable[[str, Network], Network]) -> Decoding:
@@ -183,7 +187,7 @@ def _tabled(name: str, tables: Mapping[str, Tensor], digest: str, source: str) -
     vocab_size = target.vocab_size
     probs = torch.softmax(tables["target"], dim=1)
 
-    def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
+    def judge(answer: Tensor, prompts: list[list[int]]) -> dict[str, Quality]:
         figures = {**efficiency(answer), "surprise": surprise(answer, lambda rows: [
             probs[[FIRST, *row[:-1]], row].log() for row in rows])}
         return figures | ({"total_variation": total_variation(answer, probs)} if len(answer) >= 4 else {})
@@ -200,8 +204,9 @@ def _tabled(name: str, tables: Mapping[str, Tensor], digest: str, source: str) -
 
     cost = {"tiny": 1 / 40, "small": 1 / 8, "target": 1.0}
     flops = {key: 1e6 * share for key, share in cost.items()}
-    return Decoding(name, digest, target, tuple(drafts), lambda n: [[FIRST] for _ in range(n)], 1, judge, positions,
-                    lambda tokens: " ".join(map(str, tokens)), flops, dtype=torch.float64, source=source)
+    return Decoding(name=name, digest=digest, target=target, drafts=tuple(drafts), judge=judge, positions=positions,
+                    prompts=lambda n: [[FIRST] for _ in range(n)], n_prompt=1, flops=flops, dtype=torch.float64,
+                    text=lambda tokens: " ".join(map(str, tokens)), source=source)
 
 
 def efficiency(answer: Tensor, drawn: Drawn | None = None) -> dict[str, Quality]:
@@ -276,4 +281,5 @@ def _told(problem: Any, states: Sequence[Tensor], infos: Sequence[Mapping[str, A
 
 
 register(Family(Decoding.family, "n_tokens", lambda problem, knobs: (knobs["n_tokens"], 2),
-                [("workbench.problems.decoding:markov", {}), ("workbench.problems.decoding:random_pair", {})], _told))
+                [("workbench.problems.decoding:markov", {}), ("workbench.problems.decoding:random_pair", {})], _told,
+                sample="text", sizes=("n_prompt",)))

@@ -10,20 +10,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.cost import Network
 from workbench.family import Family, register
-from workbench.quality import Quality
+from workbench.problem import Problem
+from workbench.quality import Drawn, Metric, register_metric
 from workbench.rng import Rng
 
-if TYPE_CHECKING:
-    from workbench.run import Inputs
+register_metric(Metric(
+    "label_accuracy", "label accuracy", "", True, 16,
+    "share of samples that a classifier reads as asked for"))
+register_metric(Metric(
+    "frechet_distance", "Frechet distance", "", False, 500,
+    "between Gaussians fitted to classifier features of samples and of held-out data; biased up at small n"))
+register_metric(Metric(
+    "kernel_distance", "kernel distance", "x 1000", False, 144,
+    "unbiased squared MMD of classifier features, cubic kernel; may fall below 0 by chance"))
+register_metric(Metric(
+    "wasserstein_1", "Wasserstein-1 distance", "data units", False, 500,
+    "mean distance by which samples must move to follow the true law, along one axis or averaged over axes"))
+register_metric(Metric(
+    "energy_distance", "energy distance", "data units", False, 800,
+    "zero only where samples and held-out data follow one law; works in any dimension"))
+register_metric(Metric(
+    "nearest_training", "distance to the nearest training sample", "RMS pixel", True, 72,
+    "0 where samples are copies of training data; what held-out data has is the mark, more is no better"))
 
-Network = Callable[..., Tensor]
 SPACINGS = ("trailing", "leading", "linspace", "log_snr", "karras", "t_quadratic")
 FINALS = ("zero", "cleanest")
 PHASES = ("t", "rho", "log_rho")
@@ -444,45 +461,32 @@ class Denoiser:
         return own
 
 
-@dataclass(frozen=True)
-class Denoising:
+@dataclass(frozen=True, kw_only=True)
+class Denoising(Problem):
     """A denoising problem: models of one data set, cheapest first, and the judge of what is made with them.
 
-    shape: of one sample's state. labels(n): the label of each of n samples, or None; sample i's never depends on n.
-    judge(answer (n, *shape), labels) -> {metric: Quality}. images(state) -> (n, H, W) uint8 or (n, H, W, 3), or
-    None where states are no pictures. digest: of weights and data, part of every key. flops: {model: per row}.
-    reference and baseline: (method, knobs) of the full budget and of the cheap rival.
+    What every problem has is said there. shape: of one sample's state. labels(n): the label of each of n samples, or
+    None; sample i's never depends on n, and they are the cases that the judge sees. flops: {model: per row}.
     data(n, seed) -> (n, *shape), n samples of the true law, where it can be drawn from.
     is_latent: states are an autoencoder's codes, of no known range.
-    check() raises ValueError where the models are no longer what the digest says; runs ask it before they start.
     """
 
-    name: str
-    digest: str
     schedule: Schedule
     models: tuple[Denoiser, ...]
     shape: tuple[int, ...]
     labels: Callable[[int], Tensor | None]
-    judge: Callable[[Tensor, Tensor | None], dict[str, Quality]]
-    flops: Mapping[str, float]
-    reference: tuple[str, Mapping[str, Any]]
-    baseline: tuple[str, Mapping[str, Any]]
-    images: Callable[[Tensor], Tensor] | None = None
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    preset: Mapping[str, Any] = field(default_factory=dict)  # knob values that suit this problem
-    source: str = ""  # Python lines that build this problem under the name `problem`
-    code: Callable[[Inputs], str | None] | None = None  # the script that does a run without the workbench, where it can
     data: Callable[[int, int], Tensor] | None = None
     is_latent: bool = False
-    check: Callable[[], None] = lambda: None
-    family = "denoising"
-    remembers = False  # a network's output follows from its arguments alone: runs can share evaluations
+    family: ClassVar[str] = "denoising"
+    sharing: ClassVar[str] = "batch"  # a row's output follows from that row alone
 
-    @property
-    def state_dtype(self) -> torch.dtype:
-        """Of a method's states."""
-        return self.dtype
+    def cases(self, seed: int, n: int) -> Tensor | None:
+        """The samples' labels."""
+        return self.labels(n)
+
+    def drawn(self, cases: Tensor | None, n: int) -> Drawn:
+        """Labels come in turn, so samples are stratified by them."""
+        return Drawn(n, cases)
 
     def start(self, rng: Rng, at: Point | None = None) -> Tensor:
         """The noise that a run starts from at the level `at`, by default the noisiest: (n_samples, *shape).
@@ -497,7 +501,7 @@ class Denoising:
         return 2 if guidance != 1 and self.labels(1) is not None else 1
 
     def sizes(self, knobs: Mapping[str, Any]) -> dict[str, int]:
-        """What cost formulas may name beside the knobs: branches."""
+        """branches: network rows per sample and evaluation."""
         return {"branches": self.branches(knobs.get("guidance", 1.0))}
 
     def wrapped(self, wrap: Callable[[str, Network], Network]) -> Denoising:
@@ -512,7 +516,7 @@ def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: f
     keyed by the model's name. Costs (n_models * n_steps) * branches evaluations per sample.
     Source: the similarity that T-Stitch rests on, arXiv 2402.14167, section 3.
     """
-    x, labels = problem.start(rng, points[0]), problem.labels(rng.n_samples)
+    x, labels = problem.start(rng, points[0]), problem.cases(rng.seed, rng.n_samples)
     found: dict[str, list[float]] = {m.name: [] for m in problem.models}
     with torch.no_grad():
         for here, there in pairwise(points):
@@ -575,4 +579,4 @@ register(Family(
     Denoising.family, "n_steps", lambda problem, knobs: tuple(problem.shape),
     [(f"{_MIXTURES}:two_modes", {}), (f"{_MIXTURES}:eight_modes", {}), (f"{_MIXTURES}:two_dim", {}),
      (f"{_MIXTURES}:two_dim", {"kind": "pinwheel"}), (f"{_MIXTURES}:two_dim", {"has_labels": True}),
-     ("workbench.problems.digits:digits", {}), ("workbench.problems.glyphs:glyphs", {})], _told))
+     ("workbench.problems.digits:digits", {}), ("workbench.problems.glyphs:glyphs", {})], _told, sizes=("branches",)))

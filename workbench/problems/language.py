@@ -173,9 +173,9 @@ def _problem(name: str, models: list[LanguageModel], tokenizer: Any, prompts: Ca
 
         return replace(model, begin=begin)
 
-    def judge(answer: Tensor, labels: Tensor | None) -> dict[str, Quality]:
-        given = [tuple(prompt) for prompt in prompts(len(answer))]
-        drawn = Drawn(len(given), clusters=torch.tensor([given.index(prompt) for prompt in given]))
+    def judge(answer: Tensor, given: list[list[int]]) -> dict[str, Quality]:
+        numbers = [given.index(prompt) for prompt in given]
+        drawn = Drawn(len(given), clusters=torch.tensor(numbers))
         return {**efficiency(answer, drawn), "surprise": surprise(answer, log_probs, drawn)}
 
     def log_probs(rows: list[list[int]]) -> list[Tensor]:
@@ -211,9 +211,10 @@ def _problem(name: str, models: list[LanguageModel], tokenizer: Any, prompts: Ca
         return rows
 
     return Decoding(
-        name, digest, guarded(target), tuple(map(guarded, drafts)), prompts, n_prompt, judge, positions,
-        lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False),
-        {model.name: flops_per_token(model.module, n_prompt) for model in models}, ends=ends,
+        name=name, digest=digest, target=guarded(target), drafts=tuple(map(guarded, drafts)), prompts=prompts,
+        n_prompt=n_prompt, judge=judge, positions=positions,
+        text=lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False),
+        flops={model.name: flops_per_token(model.module, n_prompt) for model in models}, ends=ends,
         dtype=torch.float32, device=str(target.module.device), source=source,
         code=None if setup is None else lambda given: _code(given, setup, ends, vouched))
 

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.quality.statistics import LEVEL, Drawn, Quality, combined, ratio, t_quantile, transformed
+from workbench.quality.statistics import (
+    LEVEL,
+    Drawn,
+    Quality,
+    combined,
+    difference,
+    ratio,
+    t_quantile,
+    transformed,
+)
 
 
 @dataclass(frozen=True)
@@ -27,26 +36,7 @@ class Metric:
     help: str
 
 
-METRICS = {
-    m.name: m
-    for m in (
-        Metric("label_accuracy", "label accuracy", "", True, 16,
-               "share of samples that a classifier reads as asked for"),
-        Metric("frechet_distance", "Frechet distance", "", False, 500,
-               "between Gaussians fitted to classifier features of samples and of held-out data; biased up at small n"),
-        Metric("kernel_distance", "kernel distance", "x 1000", False, 144,
-               "unbiased squared MMD of classifier features, cubic kernel; may fall below 0 by chance"),
-        Metric("drift", "distance from reference", "RMS", False, 48,
-               "root mean square difference (of pixels, 0 to 1, or of states that are no pictures) from the reference "
-               "run that starts from the same noise"),
-        Metric("wasserstein_1", "Wasserstein-1 distance", "data units", False, 500,
-               "mean distance by which samples must move to follow the true law, along one axis or averaged over axes"),
-        Metric("energy_distance", "energy distance", "data units", False, 800,
-               "zero only where samples and held-out data follow one law; works in any dimension"),
-        Metric("nearest_training", "distance to the nearest training sample", "RMS pixel", True, 72,
-               "0 where samples are copies of training data; what held-out data has is the mark, more is no better"),
-    )
-}
+METRICS: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> Metric:
@@ -62,6 +52,12 @@ def register_metric(metric: Metric) -> Metric:
         raise ValueError(f"metric {metric.name} min_n={metric.min_n!r}: expected an integer of at least 1")
     METRICS[metric.name] = metric
     return metric
+
+
+register_metric(Metric(
+    "drift", "distance from reference", "RMS", False, 48,
+    "root mean square difference (of pixels, 0 to 1, or of states that are no pictures) from the reference run that "
+    "starts from the same noise"))
 
 
 def proportion(hits: Tensor, drawn: Drawn | None = None) -> Quality:
@@ -81,7 +77,8 @@ def proportion(hits: Tensor, drawn: Drawn | None = None) -> Quality:
         return centre, z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
 
     centre, half = wilson(t_quantile(math.inf))
-    return Quality(share, wilson(1.0)[1], len(hits), max(centre - half, 0.0), min(centre + half, 1.0))
+    return Quality(share, wilson(1.0)[1], len(hits), max(centre - half, 0.0), min(centre + half, 1.0),
+                   values=plain.values, drawn=drawn)
 
 
 def frechet_distance(features: Tensor, reference_mean: Tensor, reference_cov: Tensor, drawn: Drawn | None = None
@@ -166,7 +163,8 @@ def wasserstein_1(samples: Tensor, reference: Tensor, drawn: Drawn | None = None
         influence += beyond[torch.searchsorted(at, a.contiguous())] / x.shape[1]
     error = drawn.mean(influence)
     half = t_quantile(error.df) * error.stderr if len(x) > 1 else math.nan
-    return Quality(value, error.stderr, len(x), max(value - half, 0.0), value + half, error.df)
+    return Quality(value, error.stderr, len(x), max(value - half, 0.0), value + half, error.df,
+                   influence + (value - error.value), drawn)
 
 
 def energy_distance(samples: Tensor, reference: Tensor, drawn: Drawn | None = None) -> Quality:
@@ -222,7 +220,8 @@ def _discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor
         scale = torch.where(index[rows][:, None] == index, others, 1.0) * weights * weights[rows][:, None]
         scale[torch.arange(len(rows)), rows] = 0.0
         excess += 2 * float((centred * scale).square().sum())
-    return Quality(value, math.sqrt(max(variance - excess, variance / 2)), len(x), df=error.df)
+    return Quality(value, math.sqrt(max(variance - excess, variance / 2)), len(x), df=error.df,
+                   values=2 * (to_x - to_y) + (value - error.value), drawn=drawn)
 
 
 _ROWS = 1024  # of a Gram matrix at a time

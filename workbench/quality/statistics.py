@@ -28,11 +28,14 @@ def t_quantile(df: float) -> float:
     return float(stdtrit(df, 0.5 + LEVEL / 2)) if df > 0 else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quality:
     """One figure: value, standard error (nan where it cannot be had), samples n, and the interval at LEVEL.
 
     df: degrees of freedom of the standard error (default n - 1). low, high: by default value -+ t_df stderr.
+    values: each sample's part (n,), where it is known: their mean, weighted as they were `drawn`, is the figure. Of a
+    mean these are the samples' own values, of other figures their linearised contributions (the figure plus each
+    sample's influence on it), so that any two figures from the same samples can be paired. Neither is compared.
     Text, in containers too: `str(quality)` is "1.000 +- 0.028 (n = 17)", the standard error to two digits.
     """
 
@@ -42,6 +45,8 @@ class Quality:
     low: float = math.nan
     high: float = math.nan
     df: float = math.nan
+    values: Tensor | None = None
+    drawn: Drawn | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.df):
@@ -150,12 +155,12 @@ class Drawn:
         squares = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, index, (x - means[index]).square())
         value = float(shares @ means)
         if self.n < 2:
-            return Quality(value, math.nan, self.n)
+            return Quality(value, math.nan, self.n, values=x, drawn=self)
         parts = shares.square() * squares / (counts - 1) / counts
         total = float(parts.sum())
         part_of_all = parts / total if total > 0 else counts.double() / self.n  # squares of tiny parts would be 0
         df = 1 / float((part_of_all.square() / (counts - 1)).sum())
-        return Quality(value, math.sqrt(total), self.n, df=df)
+        return Quality(value, math.sqrt(total), self.n, df=df, values=x, drawn=self)
 
     def jackknife(self, statistic: Callable[[Tensor], float]) -> tuple[float, float]:
         """(standard error, degrees of freedom) by deleting group after group: statistic(kept (n,) bool) -> number.
@@ -170,6 +175,14 @@ class Drawn:
         spread = (n_groups - 1) / n_groups * float((values - values.mean()).square().sum())
         return math.sqrt(spread), float(n_groups - 1)
 
+    def equals(self, other: Drawn) -> bool:
+        """Whether both tell the same of as many samples."""
+        def same(a: Tensor | None, b: Tensor | None) -> bool:
+            return a is b or (a is not None and b is not None and torch.equal(a.cpu(), b.cpu()))
+
+        return (self.n == other.n and self.shares == other.shares and same(self.strata, other.strata)
+                and same(self.clusters, other.clusters))
+
     def kept(self, mask: Tensor) -> Drawn:
         """The same design for the samples that mask (n,) keeps."""
         part = [None if x is None else x.cpu()[mask] for x in (self.strata, self.clusters)]
@@ -183,23 +196,40 @@ def ratio(numerators: Tensor, denominators: Tensor, drawn: Drawn) -> Quality:
     (Satterthwaite's, of units whose residuals grow with their denominators).
     """
     top, bottom = numerators.double().cpu(), denominators.double().cpu()
+    value = float(top.sum() / bottom.sum())
+    values = value + (top - value * bottom) / bottom.mean()
     if drawn.clusters is not None:
         unit = drawn.clusters.cpu().unique(return_inverse=True)[1]
         top, bottom = (torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(0, unit, x)
                        for x in (top, bottom))
-    n, value = len(top), float(top.sum() / bottom.sum())
+    n = len(top)
     if n < 2:
-        return Quality(value, math.nan, drawn.n)
+        return Quality(value, math.nan, drawn.n, values=values, drawn=drawn)
     spread = float((top - value * bottom).std() / bottom.mean()) / math.sqrt(n)
     squares = bottom.square()
-    return Quality(value, spread, drawn.n, df=float(squares.sum() ** 2 / squares.square().sum()) - 1)
+    return Quality(value, spread, drawn.n, df=float(squares.sum() ** 2 / squares.square().sum()) - 1, values=values,
+                   drawn=drawn)
 
 
 def transformed(figure: Quality, scale: Callable[[float], float]) -> Quality:
     """A figure on another, rising scale: value and interval mapped, the error what one standard error more adds."""
     value = scale(figure.value)
     more = scale(max(figure.value, 0.0) + figure.stderr) - scale(max(figure.value, 0.0))
-    return Quality(value, more, figure.n, scale(figure.low), scale(figure.high), figure.df)
+    values, step = None, 1e-6 * abs(figure.value)
+    if figure.values is not None and step > 0:
+        slope = (scale(figure.value + step) - scale(figure.value - step)) / (2 * step)
+        values = value + slope * (figure.values - figure.value)
+    return Quality(value, more, figure.n, scale(figure.low), scale(figure.high), figure.df, values, figure.drawn)
+
+
+def difference(a: Quality, b: Quality) -> Quality | None:
+    """a - b of figures from the same samples (the same noise, the same cases), by their values sample by sample.
+
+    None where either does not know its values, or they were not drawn alike.
+    """
+    if a.values is None or b.values is None or a.drawn is None or b.drawn is None or not a.drawn.equals(b.drawn):
+        return None
+    return a.drawn.mean(a.values - b.values)
 
 
 def combined(figures: Sequence[Quality]) -> Quality:
@@ -208,15 +238,21 @@ def combined(figures: Sequence[Quality]) -> Quality:
     Each run's own variance and the spread between the runs estimate the same thing; they are pooled by their degrees of
     freedom, unless the runs differ by more than their own errors allow (F test at 1 %): then the spread between runs
     counts alone. The interval keeps its runs' asymmetry (the half-widths are combined like standard errors; Zou and
-    Donner, Statistics in Medicine 2008). Raises ValueError where there are none.
+    Donner, Statistics in Medicine 2008). Where the runs' samples are of the same clusters (prompts, say), the runs are
+    not independent: their samples are then pooled, and the clusters are the units. Raises ValueError where there are
+    none.
     """
     if not figures:
         raise ValueError("no figures: expected at least one")
     k, n = len(figures), sum(q.n for q in figures)
     if k == 1:
         return figures[0]
-    values = torch.tensor([q.value for q in figures], dtype=torch.float64)
-    value, between = float(values.mean()), float(values.var())
+    units = [q.drawn.clusters for q in figures if q.drawn is not None and q.values is not None]
+    if len(units) == k and all(u is not None for u in units):
+        pooled = torch.cat([q.values for q in figures if q.values is not None])
+        return Drawn(n, clusters=torch.cat([u.cpu() for u in units if u is not None])).mean(pooled)
+    means = torch.tensor([q.value for q in figures], dtype=torch.float64)
+    value, between = float(means.mean()), float(means.var())
     own = [q for q in figures if math.isfinite(q.stderr)]
     within, df = sum(q.stderr**2 for q in own) / k, sum(q.df for q in own)
     if len(own) < k or not df > 0 or between > _f_quantile(k - 1, df) * within:

@@ -82,8 +82,6 @@ def causal(module: Any, name: str) -> LanguageModel:
         assert isinstance(ask.state, KeyValues)
         return ask.state.work(module, ask)
 
-    network.work = work  # type: ignore[attr-defined]
-
     def begin(n_rows: int) -> KeyValues:
         recorded = recording(module, kinds)
         return KeyValues(n_rows, kinds, window, Layers(module, kinds) if recorded is None else Stack(module, recorded))
@@ -91,7 +89,7 @@ def causal(module: Any, name: str) -> LanguageModel:
     # Dynamic NTK codes anew beyond the context, which is refused by itself.
     bends = [kind["original_max_position_embeddings"] for kind in rotations(module) if kind["rope_type"] == "longrope"]
     return LanguageModel(name, network, begin, module.get_output_embeddings().weight.shape[0], context,
-                         min(bends, default=None), module)
+                         min(bends, default=None), module, work)
 
 
 def unwrapped(module: Any, name: str) -> PreTrainedModel:

@@ -51,7 +51,8 @@ class LanguageModel:
 
     begin(n_rows) -> State, empty. context: the most positions it can take in, None where there is no such bound.
     bend: a number of positions beyond which it codes all of them anew (LongRoPE), so that no sequence may cross it.
-    module: the torch module behind it, where there is one.
+    module: the torch module behind it, where there is one. work(tokens, Ask) -> (positions, FLOPs) of a pass, where
+    that depends on what is asked.
     """
 
     name: str
@@ -61,6 +62,7 @@ class LanguageModel:
     context: int | None = None
     bend: int | None = None
     module: Any = field(default=None, compare=False, repr=False)
+    work: Callable[[Tensor, Ask], tuple[int, float]] | None = None
 
     def room(self, lengths: Sequence[int]) -> float:
         """The most new tokens after prompts of these lengths in one batch, infinite where nothing bounds them. The last

@@ -148,7 +148,7 @@ def test_a_start_without_signal_costs_what_the_formula_says(schedule):
     for row in (row for row in ROWS.values() if not row.needs_signal):
         given = inputs(row.method, toy(schedule), 0, 2, **knobs_on(row, schedule, 4))
         method, spent = METHODS[row.method], run(row.method, toy(schedule), 0, 2, **given.knobs).cost.total_evaluations
-        formula = 2 * method.evaluations(given.knobs, toy(schedule).sizes(given.knobs))
+        formula = 2 * method.spends(given.knobs, toy(schedule).sizes(given.knobs))
         assert 0 < spent <= formula if method.is_bound else spent == formula, row
 
 

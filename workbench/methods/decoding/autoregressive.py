@@ -15,7 +15,8 @@ from workbench.speculation.engine import Warp
 Which = Annotated[str, Knob(choices=("best", "cheapest"), help="the target writes, or the cheapest draft")]
 
 
-@method(version=2, source="ancestral sampling; top-p: arXiv 1904.09751; typical-p: arXiv 2202.00666")
+@method(version=2, source="ancestral sampling; top-p: arXiv 1904.09751; typical-p: arXiv 2202.00666",
+        cost="n_prompt + n_tokens - 1", at_most=True)
 def autoregressive(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, temperature: Temperature = 1.0,
                    top_k: TopK = 0, top_p: TopP = 1.0, typical_p: TypicalP = 1.0, model: Which = "best"
                    ) -> Iterator[Step]:

@@ -22,7 +22,8 @@ Nodes = Annotated[int, Knob(low=1, high=64, soft=(1, 32), step=1, unit="tokens",
                             help="drafts of highest confidence that the target scores")]
 
 
-@method(version=2, exact=True, source="EAGLE-2, arXiv 2406.16858, sec. 4 (tree); its authors' verification")
+@method(version=2, exact=True, source="EAGLE-2, arXiv 2406.16858, sec. 4 (tree); its authors' verification",
+        cost="2 * n_prompt + n_tokens * (n_nodes + expand * (depth - 1) + 2)", at_most=True)
 def eagle2(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, expand: Width = 4, depth: Depth = 5,
            n_nodes: Nodes = 16, temperature: Temperature = 1.0, top_k: TopK = 0, top_p: TopP = 1.0,
            typical_p: TypicalP = 1.0, draft: Draft = "best") -> Iterator[Step]:

@@ -22,7 +22,8 @@ Depth = Annotated[int, Knob(low=1, high=16, soft=(1, 8), step=1, unit="levels", 
                             help="deepest chain of drafts, which is the number of draft passes per block")]
 
 
-@method(version=2, exact=True, source="Sequoia, arXiv 2402.12374, sec. 3.1 (tree) and 3.2 (verification)")
+@method(version=2, exact=True, source="Sequoia, arXiv 2402.12374, sec. 3.1 (tree) and 3.2 (verification)",
+        cost="2 * n_prompt + n_tokens * (2 * n_nodes + 2)", at_most=True)
 def sequoia(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, n_nodes: Nodes = 16, max_depth: Depth = 6,
             temperature: Temperature = 1.0, top_k: TopK = 0, top_p: TopP = 1.0, typical_p: TypicalP = 1.0,
             draft: Draft = "best") -> Iterator[Step]:

@@ -39,7 +39,8 @@ def tree(expansion: tuple[float, ...]) -> Shape:
     return widths([int(width) for width in expansion])
 
 
-@method(version=2, exact=True, source="SpecInfer, arXiv 2305.09781, sec. 3 (expansion) and 4.3 (multi-step sampling)")
+@method(version=2, exact=True, source="SpecInfer, arXiv 2305.09781, sec. 3 (expansion) and 4.3 (multi-step sampling)",
+        cost="2 * n_prompt + n_tokens * (2 * n_nodes(widths) + 2)", at_most=True)
 def spec_infer(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, widths: Widths = (3.0, 2.0, 1.0, 1.0),
                temperature: Temperature = 1.0, top_k: TopK = 0, top_p: TopP = 1.0, typical_p: TypicalP = 1.0,
                rule: Which = "rrs", draft: Draft = "best") -> Iterator[Step]:

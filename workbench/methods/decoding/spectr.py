@@ -22,7 +22,8 @@ Which = Annotated[str, Knob(choices=tuple(name for name, rule in RULES.items()
                             help="how the drafts still alive at a position are verified; all leave the target's law")]
 
 
-@method(version=2, exact=True, source="SpecTr, arXiv 2310.15141, alg. 2 (k-SEQ) and 3 (blocks)")
+@method(version=2, exact=True, source="SpecTr, arXiv 2310.15141, alg. 2 (k-SEQ) and 3 (blocks)",
+        cost="2 * n_prompt + n_tokens * (2 * n_drafts * draft_length + 2)", at_most=True)
 def spectr(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, n_drafts: Drafts = 4, draft_length: Length = 4,
            temperature: Temperature = 1.0, top_k: TopK = 0, top_p: TopP = 1.0, typical_p: TypicalP = 1.0,
            rule: Which = "k_seq", draft: Draft = "best") -> Iterator[Step]:

@@ -27,7 +27,8 @@ def longest(draft_length: int, policy: str, n_tokens: int) -> int:
     return n_tokens if policy == "heuristic" else draft_length
 
 
-@method(version=2, exact=True, source="speculative decoding, arXiv 2211.17192, alg. 1; arXiv 2302.01318, alg. 2")
+@method(version=2, exact=True, source="speculative decoding, arXiv 2211.17192, alg. 1; arXiv 2302.01318, alg. 2",
+        cost="2 * n_prompt + n_tokens * (2 * longest(draft_length, policy, n_tokens) + 2)", at_most=True)
 def speculative(problem: Decoding, rng: Rng, *, n_tokens: Tokens = 64, draft_length: Length = 4,
                 temperature: Temperature = 1.0, top_k: TopK = 0, top_p: TopP = 1.0, typical_p: TypicalP = 1.0,
                 policy: Policy = "constant", threshold: Threshold = 0.4, draft: Draft = "best") -> Iterator[Step]:

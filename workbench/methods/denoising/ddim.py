@@ -44,7 +44,8 @@ def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Ev
     return there.alpha * x0 + math.sqrt(max(there.sigma**2 - fresh**2, 0.0)) * eps + fresh * step.noise(), now
 
 
-@method(version=2, source="DDIM, arXiv 2010.02502, eq. 12 and 16")
+@method(version=2, source="DDIM, arXiv 2010.02502, eq. 12 and 16",
+        cost="n_steps * branches")
 def ddim(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, guidance: Guidance = 1.0, spacing: Spacing = "trailing",
          eta: Eta = 0.0, model: Which = "best") -> Iterator[Step]:
     """Denoising diffusion implicit models: first order, deterministic at eta 0.

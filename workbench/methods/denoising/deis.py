@@ -116,7 +116,8 @@ def _runge_kutta(x: Tensor, now: Evaluated, step: Advance, name: str) -> Tensor:
     return moved(there, weights)
 
 
-@method(version=2, source="DEIS, arXiv 2204.13902, sec. 3 and app. H.3")
+@method(version=2, source="DEIS, arXiv 2204.13902, sec. 3 and app. H.3",
+        cost="nfe(n_steps, variant, degree, final) * branches")
 def deis(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 10, guidance: Guidance = 1.0,
     variant: Annotated[str, Knob(choices=VARIANTS, help=(

@@ -51,7 +51,8 @@ def packed(schedule: Schedule, n_evaluations: int, order: int, spacing: str, fin
     return [points[i] for i in ends], {points[a]: tuple(points[a + 1:b]) for a, b in pairwise(ends)}
 
 
-@method(version=2, source="DPM-Solver, arXiv 2206.00927; DPM-Solver++, arXiv 2211.01095")
+@method(version=2, source="DPM-Solver, arXiv 2206.00927; DPM-Solver++, arXiv 2211.01095",
+        cost="n_steps * branches")
 def dpm_solver(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 20, guidance: Guidance = 1.0, spacing: Spacing = "trailing",
     order: Annotated[int, Knob(low=1, high=3, step=1, help="order of accuracy; 1 is DDIM")] = 2,

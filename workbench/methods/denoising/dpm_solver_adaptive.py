@@ -16,7 +16,7 @@ from workbench.methods.denoising._dpm import combination, combined, stages
 from workbench.methods.denoising.ddim import Guidance, Which
 from workbench.methods.denoising.dpm_solver import Estimate, Final
 from workbench.problems.denoising import CLEAN, Denoising, Point, Schedule, noisiest, with_signal
-from workbench.rng import Rng
+from workbench.rng import Rng, of_samples
 
 H_INIT, THETA = 0.05, 0.9  # the first step in log-SNR, and the caution in choosing the next
 PER_OCTAVE = 8  # lengths that a step may have: a network's rounding depends on the batch, and must not reach them
@@ -52,7 +52,8 @@ def attempt(x: Tensor, start: Tensor, here: Sequence[Point], there: Sequence[Poi
             carried(x, values, here, there, shares, prediction, "midpoint"))
 
 
-@method(version=2, source="DPM-Solver-12 and -23, arXiv 2206.00927, app. C; DPM-Solver++, arXiv 2211.01095")
+@method(version=2, source="DPM-Solver-12 and -23, arXiv 2206.00927, app. C; DPM-Solver++, arXiv 2211.01095",
+        cost="nfe(n_steps, order) * branches", at_most=True)
 def dpm_solver_adaptive(
     problem: Denoising, rng: Rng, *,
     n_steps: Annotated[int, Knob(low=1, high=1000, soft=(1, 200), step=1, unit="attempted steps", small=8, help=(
@@ -82,13 +83,13 @@ def dpm_solver_adaptive(
     owner, schedule = problem.models[-1 if model == "best" else 0], problem.schedule
     first, cleanest = noisiest(schedule), schedule.at(schedule.cleanest)
     with_signal(schedule, first, "dpm_solver_adaptive")
-    labels, x = problem.labels(rng.n_samples), problem.start(rng, first)
+    labels, x = problem.cases(rng.seed, rng.n_samples), problem.start(rng, first)
     last = CLEAN if final == "zero" else cleanest
     here, h = [first] * len(x), [H_INIT] * len(x)
     before, x0, eps, stale = x, x, x, set(range(len(x)))  # x0 and eps are filled in the first round
 
     def both(rows: list[int], states: Tensor, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), of_samples(rows):
             return owner.predict(states, points, schedule, None if labels is None else labels[rows], guidance)
 
     def ask(rows: list[int], states: Tensor, points: Sequence[Point]) -> Tensor:

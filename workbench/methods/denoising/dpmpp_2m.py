@@ -34,7 +34,8 @@ def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Evaluated]:
     return (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * towards, now
 
 
-@method(version=2, source="DPM-Solver++, arXiv 2211.01095, alg. 2")
+@method(version=2, source="DPM-Solver++, arXiv 2211.01095, alg. 2",
+        cost="n_steps * branches")
 def dpmpp_2m(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, guidance: Guidance = 1.0,
              spacing: Spacing = "trailing", model: Which = "best") -> Iterator[Step]:
     """DPM-Solver++(2M): second order from the current and the previous data estimate.

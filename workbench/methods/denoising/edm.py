@@ -48,7 +48,8 @@ def edm_step(x: Tensor, step: Advance, *, heun: bool = True, gamma: float = 0.0,
     return ahead + (length / 2) * (now.eps + then.eps), now
 
 
-@method(version=2, source="EDM, arXiv 2206.00364, alg. 2 and eq. 5")
+@method(version=2, source="EDM, arXiv 2206.00364, alg. 2 and eq. 5",
+        cost="(2 * n_steps - 1 if heun else n_steps) * branches")
 def edm_heun(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 18, guidance: Guidance = 1.0,
     heun: Annotated[bool, Knob(small=False, help=(

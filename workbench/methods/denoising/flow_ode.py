@@ -18,7 +18,7 @@ from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.methods.denoising.score_sde import End, Path, Sde, SdeName, SigmaMax, sde_path
 from workbench.problems.denoising import Denoiser, Denoising, prior_std
-from workbench.rng import Rng
+from workbench.rng import Rng, of_samples
 
 SOLVERS = {"euler": 1, "rk4": 4, "rk45": 0}  # evaluations per step; adaptive ones have none of their own
 TRACES = ("hutchinson", "exact")
@@ -70,7 +70,8 @@ def nfe(n_steps: int, solver: str) -> int:
     return n_steps * SOLVERS[solver] or MAX_EVALUATIONS
 
 
-@method(version=1, source="Score SDE, arXiv 2011.13456, sec. 4.3 and app. D")
+@method(version=1, source="Score SDE, arXiv 2011.13456, sec. 4.3 and app. D",
+        cost="nfe(n_steps, solver) * branches", at_most=True)
 def flow_ode(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, sde: SdeName = "vp", solver: Solver = "rk4",
              tolerance: Tolerance = 1e-3, t_end: End = 1e-3, sigma_max: SigmaMax = 50.0, guidance: Guidance = 1.0,
              model: Which = "best") -> Iterator[Step]:
@@ -93,7 +94,7 @@ def flow_ode(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, sde: SdeName 
     if SOLVERS[solver]:
         yield from march(scaled, rng, points, [asked] * n_steps, flow_step, guidance=guidance, order=SOLVERS[solver])
         return
-    solve = _Adaptive(asked, path.sde, problem.labels(rng.n_samples), guidance, tolerance)
+    solve = _Adaptive(asked, path.sde, problem.cases(rng.seed, rng.n_samples), guidance, tolerance)
     x = scaled.start(rng, points[0])
     for i, (here, there) in enumerate(pairwise(points)):
         x, x0 = solve(x, here.t, there.t)
@@ -238,7 +239,7 @@ class _Adaptive:
             self.spent[i] += 1
             own = state[:-1] if self.has_trace else state
             y = torch.from_numpy(own).to(x.device, x.dtype).reshape(x.shape)
-            with torch.set_grad_enabled(self.has_trace):
+            with torch.set_grad_enabled(self.has_trace), of_samples([i]):
                 y.requires_grad_(self.has_trace)
                 x0, eps = self.model.predict(y, self.sde.at(t), self.sde, label, self.guidance)
                 divergence = [self._divergence(t, y, eps, i)] if self.has_trace else []

@@ -88,7 +88,8 @@ def pictures(problem: Denoising, rng: Rng) -> Tensor | None:
     return torch.cat([problem.data(1, seed) for seed in seeds]).to(problem.device, problem.dtype)
 
 
-@method(version=1, source="Score SDE, arXiv 2011.13456, sec. 5 and app. I.2")
+@method(version=1, source="Score SDE, arXiv 2011.13456, sec. 5 and app. I.2",
+        cost="2 * nfe(n_steps, predictor, corrector, n_corrector) * branches", at_most=True)
 def inpaint(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, known: Known = 0.5, sde: SdeName = "vp",
             predictor: Predictor = "reverse_diffusion", corrector: Corrector = "langevin", n_corrector: Corrections = 1,
             snr: Snr = 0.16, length: Length = "norms", denoise: Denoise = True, t_end: End = 1e-3,
@@ -114,6 +115,7 @@ def inpaint(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, known: Known =
     given = pictures(problem, rng)
     if given is None:
         *_, last = drawn(None)
+        assert isinstance(last.state, Tensor)
         given = last.state
     yield from drawn(known_part(given, left_part(problem.shape, known).to(problem.device)))
 

@@ -192,7 +192,8 @@ def nfe(n_steps: int, predictor: str, corrector: str, n_corrector: int) -> int:
     return n_steps * (corrections(corrector, n_corrector) + (predictor != "none"))
 
 
-@method(version=1, source="Score SDE, arXiv 2011.13456, alg. 1 to 5")
+@method(version=1, source="Score SDE, arXiv 2011.13456, alg. 1 to 5",
+        cost="nfe(n_steps, predictor, corrector, n_corrector) * branches")
 def score_sde(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, sde: SdeName = "vp",
               predictor: Predictor = "reverse_diffusion", corrector: Corrector = "none", n_corrector: Corrections = 1,
               snr: Snr = 0.16, length: Length = "norms", denoise: Denoise = True, t_end: End = 1e-3,

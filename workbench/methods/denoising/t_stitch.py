@@ -70,7 +70,8 @@ def step_counts(fractions: Sequence[float], points: Sequence[Point], schedule: S
     return tuple(b - a for a, b in pairwise([0, *ends, len(reached)]))
 
 
-@method(version=2, source="T-Stitch, arXiv 2402.14167, sec. 3")
+@method(version=2, source="T-Stitch, arXiv 2402.14167, sec. 3",
+        cost="nfe(solver, n_steps) * branches")
 def t_stitch(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 20, fractions: Fractions = (0.4,), guidance: Guidance = 1.0,
     solver: Annotated[str, Knob(choices=tuple(SOLVERS), help="the sampler under the stitch")] = "ddim",

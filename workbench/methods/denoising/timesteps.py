@@ -57,7 +57,8 @@ def resampled(schedule: Schedule, times: Sequence[float], n_steps: int) -> list[
     return found
 
 
-@method(version=2, source="schedules as AutoDiffusion searches them, arXiv 2309.10438, sec. 3")
+@method(version=2, source="schedules as AutoDiffusion searches them, arXiv 2309.10438, sec. 3",
+        cost="n_steps * branches")
 def timesteps(
     problem: Denoising, rng: Rng, *,
     n_steps: Annotated[int, Knob(

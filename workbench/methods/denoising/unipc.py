@@ -81,7 +81,8 @@ def unipc_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str = "x
     return advanced(now.x, (now, *past[: used - 1]), step.there, prediction, variant), now
 
 
-@method(version=2, source="UniPC, arXiv 2302.04867, alg. 1 and 2")
+@method(version=2, source="UniPC, arXiv 2302.04867, alg. 1 and 2",
+        cost="n_steps * branches")
 def unipc(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 20, guidance: Guidance = 1.0, spacing: Spacing = "trailing",
     order: Annotated[int, Knob(low=1, high=4, step=1, help=(

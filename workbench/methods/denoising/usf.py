@@ -140,7 +140,8 @@ def nfe(n_steps: int, corrector: str) -> int:
     return 2 * n_steps - 1 if corrector == "implicit" else n_steps
 
 
-@method(version=2, source="USF, arXiv 2312.07243, sec. 3")
+@method(version=2, source="USF, arXiv 2312.07243, sec. 3",
+        cost="nfe(n_steps, corrector) * branches")
 def usf(
     problem: Denoising, rng: Rng, *, n_steps: Steps = 20,
     preset: Annotated[str, Knob(choices=tuple(PRESETS), help="the known solver to take the decisions of")] = "dpmpp_2m",
