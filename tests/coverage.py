@@ -254,7 +254,14 @@ def text_cases(runs: int = 6) -> list[Case]:
             return total_variation(chain(law, n_law, 24, stream), rows)
         return draw
 
+    def seeds_of_prompts(stream: torch.Generator) -> Quality:
+        """12 prompts, each with a level of its own that all of its texts share, in 3 seeds of 24 texts."""
+        level, prompts = torch.randn(12, generator=stream), torch.arange(24) % 12
+        return combined([Drawn(24, clusters=prompts).mean(level[prompts] + torch.randn(24, generator=stream))
+                         for _ in range(3)])
+
     return [
+        Case("mean over 12 prompts, 3 seeds", 72, seeds_of_prompts, 0.0),
         Case("total_variation, of the law", n_law, apart(0.0), 0.0),
         Case("total_variation, far from the law", n_law, apart(0.5)),
         Case("block_efficiency", n_yield, efficient, float(tokens.sum() / passes.sum())),

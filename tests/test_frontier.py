@@ -124,7 +124,7 @@ def test_settings_that_share_noise_are_compared_sample_by_sample():
 
 
 def test_seeds_of_the_same_prompts_are_not_independent():
-    """Four prompts of their own level, eight seeds: the levels' spread stays in the error, however many seeds there are."""
+    """Four prompts of their own level, eight seeds: the levels' spread stays in the error, whatever their number."""
     source = torch.Generator().manual_seed(0)
     levels = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
     prompts = torch.arange(16) % 4
@@ -133,4 +133,4 @@ def test_seeds_of_the_same_prompts_are_not_independent():
     point = points(runs, "drift")[0]
     assert point.stderr == pytest.approx(float(levels.std()) / 2, rel=0.1)
     blind = [replace(r, quality={"drift": replace(r.quality["drift"], drawn=Drawn(16))}) for r in runs]
-    assert points(blind, "drift")[0].stderr < point.stderr / 4  # the broken twin: samples as if of no prompt
+    assert points(blind, "drift")[0].stderr < point.stderr / 2  # the broken twin: samples as if of no prompt

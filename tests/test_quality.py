@@ -435,7 +435,8 @@ def figures_of_all_kinds():
     """Figures with values, each with the samples that it came of, stratified and not."""
     source = torch.Generator().manual_seed(0)
     x, y = (torch.randn(n, 3, generator=source, dtype=torch.float64) + shift for n, shift in ((60, 0.3), (90, 0.0)))
-    for drawn in (Drawn(60), Drawn(60, torch.arange(60) % 3, (0.5, 0.3, 0.2)), Drawn(60, clusters=torch.arange(60) // 4)):
+    for drawn in (Drawn(60), Drawn(60, torch.arange(60) % 3, (0.5, 0.3, 0.2)),
+                  Drawn(60, clusters=torch.arange(60) // 4)):
         yield proportion(x[:, 0] > 0.2, drawn), drawn
         yield drift(x, x + 0.1 * x.square(), drawn), drawn
         yield ratio(x[:, 0] + 2, x[:, 1].square() + 1, Drawn(60, clusters=drawn.clusters)), Drawn(
