@@ -1,11 +1,10 @@
 """What draws Runs: the live explorer and static figures. UI packages are imported only here."""
 
 from widgets.acceptance import acceptance_explorer, tree_explorer
-from widgets.drafts import DraftsExplorer, drafts_explorer
 from widgets.explorer import Explorer, explorer
 from widgets.frontier import curve_plot, frontier_plot, save_figure
 
 __all__ = [
-    "DraftsExplorer", "Explorer", "acceptance_explorer", "curve_plot", "drafts_explorer", "explorer", "frontier_plot",
+    "Explorer", "acceptance_explorer", "curve_plot", "explorer", "frontier_plot",
     "save_figure", "tree_explorer",
 ]

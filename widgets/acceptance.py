@@ -1,7 +1,7 @@
 """Panels on how many drafts are worth it: acceptance at one position against its optimum, and the tree of a budget.
 
 `LivePanel` is the controller of both and knows no toolkit: it keeps the sliders' values, and a worker thread draws the
-newest ones first. `acceptance.js` shows what it publishes. Pictures are SVG, so they follow the page's colours.
+newest ones first. `js/acceptance.js` shows what it publishes. Pictures are SVG, so they follow the page's colours.
 """
 
 from __future__ import annotations
@@ -111,14 +111,16 @@ class LivePanel:
 
     def set(self, **values: float) -> None:
         """Move sliders. Raises ValueError for a name that is none, or a value that the slider does not reach."""
-        for name, value in values.items():
-            if name not in self.sliders:
-                raise ValueError(f"{name}: no slider of this panel; it has {', '.join(self.sliders)}")
-            self.sliders[name] = replace(self.sliders[name], start=value)
-        self._outbox.put("spec", {"name": self._name, "sliders": [s.spec() for s in self.sliders.values()]})
+        sliders, moved = dict(self.sliders), self.values
+        for name, value in values.items():  # what is refused or raises leaves all as it was
+            if name not in sliders:
+                raise ValueError(f"{name}: no slider of this panel; it has {', '.join(sliders)}")
+            sliders[name] = replace(sliders[name], start=value)
+            moved = self._changed({**moved, name: value}, name)
+        self.sliders = sliders
+        self._outbox.put("spec", {"name": self._name, "sliders": [s.spec() for s in sliders.values()]})
         self._outbox.send()
-        for name, value in values.items():
-            self._take(self._changed({**self.values, name: value}, name))
+        self._take(moved)
         self._wake()
 
     def receive(self, wish: Mapping[str, Any]) -> None:
@@ -142,10 +144,12 @@ class LivePanel:
         self._wake()
 
     def wait(self, timeout: float = 60) -> None:
-        """Until the newest values are drawn. Raises TimeoutError after timeout seconds."""
+        """Until the newest values are drawn. Raises what drawing them raised, or TimeoutError after timeout seconds."""
         with self._lock:
             if not self._lock.wait_for(lambda: self._drawn == self._revision, timeout):
                 raise TimeoutError(f"not drawn within {timeout} s")
+            if self.error is not None:
+                raise self.error
 
     def subscribe(self, listener: Callable[[str, Any], None]) -> None:
         """listener(name, value) of what is published, from now on and once at first."""
@@ -222,7 +226,7 @@ class LivePanel:
 class LiveWidget(anywidget.AnyWidget):
     """A LivePanel in JupyterLab. Wishes come as messages, results go as traits: each is set by one side only."""
 
-    _esm = HERE / "acceptance.js"
+    _esm = HERE / "js" / "acceptance.js"
     _css = (HERE / "explorer.css").read_text()
     spec = traitlets.Dict().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)
@@ -546,7 +550,7 @@ def prefix_curve(target: np.ndarray, draft: np.ndarray, n: int, bounds: Mapping[
     curves = {k: 1 + wanted[sizes] - mass[sizes] ** k for k in dict.fromkeys((1, n))}
     floor = math.floor(10 * min(c.min() for c in curves.values()) - 1e-9) / 10
     floor = min(max(floor, 0.0), 0.9)
-    ceiling = min(1.02 + 0.5 * (1 - floor), max(1.02, *(c.max() for c in curves.values())))
+    ceiling = max(1.02, *(c.max() for c in curves.values()))
 
     def place(x: float, y: float) -> str:
         return f"{left + (right - left) * x:.1f},{low - (low - top) * (y - floor) / (ceiling - floor):.1f}"
@@ -557,8 +561,9 @@ def prefix_curve(target: np.ndarray, draft: np.ndarray, n: int, bounds: Mapping[
              "font-size='12' fill='currentColor'>",
              f"<clipPath id='wba-clip'><rect x='{left}' y='{top - 4}' width='{right - left}' height='{low - top + 8}'/>"
              "</clipPath>"]
-    for k in range(5):
-        y = floor + (1 - floor) * k / 4
+    step = next(s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if (ceiling - floor) / s <= 6)
+    for k in range(math.ceil(floor / step - 1e-9), math.floor(ceiling / step + 1e-9) + 1):
+        y = k * step
         a, b = place(0, y).split(","), place(1, y).split(",")
         parts.append(f"<path d='M{a[0]},{a[1]}H{b[0]}' stroke='currentColor' opacity='.18'/>"
                      f"<text x='{left - 6}' y='{float(a[1]) + 4:.1f}' text-anchor='end'>{y:.3g}</text>")

@@ -1,42 +1,54 @@
-"""The explorer as a page of its own, on the embedded models: `python -m widgets.app`, for this machine only.
+"""The explorers and panels as pages of their own, on the embedded models, for this machine only.
 
-Everything is served from here: nothing is fetched from a network. A page's explorer is built once its browser has
-opened the page's connection, and goes when the page is closed.
+`python -m widgets.app`, or `panel serve widgets/app.py`. Everything is served from here: nothing is fetched from a
+network. The start page has a tile for each panel. A page's panel is built once its browser has opened the page's
+connection, is no other page's, and goes when the page is closed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import html
 import threading
-from typing import Any, ClassVar
+from typing import Any
 
 import panel as pn
 import param
 
-from widgets.explorer import HERE, Explorer, explorer
-from widgets.live import script
+from widgets.acceptance import acceptance_explorer, tree_explorer
+from widgets.editor import schedule_editor
+from widgets.view import Page, view_of
+from workbench import FAMILIES
 from workbench.problems.glyphs import glyphs
 
 MAX_PAGES = 8  # open at a time; each may take some hundred megabytes
-_open: set[Explorer] = set()
+_open: set[Any] = set()
 _lock = threading.Lock()
 
 
-class ExplorerPane(pn.custom.AnyWidgetComponent):
-    """An Explorer in a Panel page, drawn by the same code as in JupyterLab. Wishes come through `intent`."""
+def pages() -> dict[str, Page]:
+    """What is served, by name: the pages of every family's view, then the special panels."""
+    found = {page.name: page for family in FAMILIES for page in view_of(family).pages}
+    return found | {page.name: page for page in (
+        Page("schedule", "Schedule editor", "Where should the steps lie?", lambda: schedule_editor(glyphs())),
+        Page("acceptance", "Acceptance", "How often can drafts be accepted at best?", acceptance_explorer),
+        Page("trees", "Trees", "Which tree of drafts makes the most of a budget?", tree_explorer))}
 
-    _esm = script("ticks.js", "explorer.js")
-    _stylesheets: ClassVar[list[str]] = [(HERE / "explorer.css").read_text()]
-    spec = param.Dict({})
-    view = param.Dict({})
-    frontier = param.Dict({})
-    reply = param.Dict({})
-    frame = param.Bytes(b"")
-    pinned = param.Bytes(b"")
-    intent = param.Dict({})
 
-    def __init__(self, of: Explorer, **params: Any) -> None:
-        super().__init__(**{**of.published, **params})
+@functools.cache
+def _pane_of(widget: type) -> type:
+    """A Panel component drawn by the same code as a widget in JupyterLab. Wishes come through `intent`."""
+    own = {name: {"Dict": param.Dict({}), "Bytes": param.Bytes(b"")}[type(trait).__name__]
+           for name, trait in widget.class_own_traits(sync=True).items() if not name.startswith("_")}
+    return type(widget.__name__, (_Pane,), {"_esm": str(widget._esm), "_stylesheets": [str(widget._css)], **own,
+                                            "intent": param.Dict({})})
+
+
+class _Pane(pn.custom.AnyWidgetComponent):
+    def __init__(self, of: Any, **params: Any) -> None:
+        published = {name: value for name, value in of.published.items() if name in self.param}
+        super().__init__(**{**published, **params})
         self.param.watch(lambda event: of.receive(event.new), "intent")
         # the worker's thread publishes; what it says is sent by the page's own event loop
         of.subscribe(lambda name, value: pn.state.execute(lambda: self.param.update(**{name: value}), schedule=True))
@@ -50,8 +62,15 @@ class ExplorerPane(pn.custom.AnyWidgetComponent):
 
 
 def page() -> pn.Column:
-    """One page. Its explorer comes with the page's connection, so that what only fetches the address builds nothing."""
-    column = pn.Column(sizing_mode="stretch_width", max_width=1280)
+    """The page that the address asks for by ?panel=name, or the start page.
+
+    Its panel comes with the page's connection, so that what only fetches the address builds nothing.
+    """
+    known = pages()
+    asked = pn.state.session_args.get("panel", [b""])[0].decode(errors="replace") if pn.state.session_args else ""
+    if asked not in known:
+        return start(known)
+    column = pn.Column(sizing_mode="stretch_width")
 
     def opened() -> None:
         with _lock:
@@ -60,24 +79,45 @@ def page() -> pn.Column:
             column.append(pn.pane.HTML(f"{MAX_PAGES} pages are open already, and no more are served at a time. "
                                        "Close one and load this page again."))
             return
-        made = explorer(glyphs())
+        made = known[asked].make()
         with _lock:
             _open.add(made)
 
         def closed(_: Any) -> None:
             with _lock:
                 _open.discard(made)
-            made.sleep()
+            getattr(made, "sleep", lambda: None)()
 
         pn.state.on_session_destroyed(closed)
-        column.append(ExplorerPane(made, sizing_mode="stretch_width", max_width=1280))
+        # traits added to an instance make it a class of its own
+        declared = next(kind for kind in type(made.widget).__mro__ if "spec" in vars(kind))
+        column.append(_pane_of(declared)(made, sizing_mode="stretch_width"))
 
     pn.state.onload(opened)
     return column
 
 
+def start(known: dict[str, Page]) -> pn.Column:
+    """A tile for each page."""
+    tiles = "".join(f"<a class='tile' href='?panel={name}'><b>{html.escape(p.title)}</b>{html.escape(p.question)}</a>"
+                    for name, p in known.items())
+    text = (f"{LOOK}<main><h1>Sampling Workbench</h1><p>How few steps, how small a model, how many drafts, and what "
+            f"does it cost? Each tile opens a live panel on an embedded model.</p><div class='tiles'>{tiles}</div></main>")
+    return pn.Column(pn.pane.HTML(text, sizing_mode="stretch_width"), sizing_mode="stretch_width")
+
+
+LOOK = """<style>
+main { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 24px auto; }
+h1 { font-size: 24px; margin: 0 0 4px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 12px; margin-top: 16px; }
+.tile { display: grid; gap: 4px; padding: 14px 16px; border: 1px solid #8886; border-radius: 6px; color: inherit;
+        text-decoration: none; }
+.tile:hover, .tile:focus-visible { border-color: #1565c0; outline: 1px solid #1565c0; }
+</style>"""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Serve the page until the process is ended. Connections from pages of other origins are refused."""
+    """Serve the pages until the process is ended. Connections from pages of other origins are refused."""
     parser = argparse.ArgumentParser(prog="python -m widgets.app", description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=5006)
     parser.add_argument("--address", default="127.0.0.1", help="another one lets other machines in, without a login")
@@ -91,3 +131,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+elif pn.state.served:  # by `panel serve`
+    page().servable(title="Sampling Workbench")

@@ -1,7 +1,7 @@
-"""The explorer: sliders on a method's knobs, and live what they do to the samples, their cost and their quality.
+"""The explorer: sliders on every knob of a family's methods, and live what a problem makes of them.
 
-`Explorer` is the controller and knows no toolkit: it keeps settings, history and runs, and a worker thread that shows
-the newest settings and does useful things while nobody asks. `explorer.js` draws what it publishes.
+`Explorer` is the controller: it knows no toolkit and no family. What a family shows is its `View`; `ExplorerWidget` is
+the face in JupyterLab, `widgets.app` serves another.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import math
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import groupby, islice
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,31 +26,37 @@ from torch import Tensor
 
 import workbench
 from widgets.live import MAX_SAMPLES, Live, script, told, wish
-from workbench import METHODS, METRICS, Cancelled, Cost, Inputs, Memo, Run, Step, Store, Timing
+from widgets.view import Pane, Stop, View, finite, packed, still, view_of
+from workbench import (
+    FAMILIES,
+    METHODS,
+    METRICS,
+    Cancelled,
+    Cost,
+    Inputs,
+    Memo,
+    Problem,
+    Run,
+    Step,
+    Store,
+    Timing,
+    points,
+)
 from workbench.cost import Meter, Network
-from workbench.frontier import points
 from workbench.knob import BoundKnob
-from workbench.methods.denoising.t_stitch import full_fractions, progress, step_counts
-from workbench.problems.decoding import Decoding
-from workbench.problems.denoising import Denoising, grid
-from workbench.quality import drift
+from workbench.method import tensors_of
 from workbench.rng import Rng
-from workbench.run import JudgeError, environment
-from workbench.sweep import address
+from workbench.run import JudgeError, compared, environment
 
 HERE = Path(__file__).parent
+PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "panes.js", "text.js", "strip.js", "shell.js")
+STYLES = ("explorer.css", "drafts.css")
 PAST = 200  # settings that can be undone
 MAX_RUNS, MAX_RUN_BYTES = 1000, 64_000_000  # remembered; a store keeps all
 QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
 SELDOM = 1.0  # seconds between two frontiers while idle work goes on: each holds all points
 FRAME = 1 / 30  # seconds between two previews of one run
-BATCH = 25  # samples per batch of a long score
-SAME = 5  # steps after which steps that depend on the data have parted
-SCORES = (500, 2000)  # numbers of samples that the panel offers to score
-BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # step counts filled in when idle
-TOLERANCES = (0.1, 0.03, 0.01, 0.003, 0.001)  # in their place where steps are as long as the error allows
-
-Stop = Callable[[], bool]
+PREVIEWS = 4  # times as long as a preview took until the next one: they take a fifth of the time at most
 
 
 @dataclass
@@ -61,27 +64,25 @@ class _Score:
     """A long score under way: answers of the first samples, in batches; it outlives interruptions."""
 
     inputs: Inputs
-    parts: list[Tensor] = field(default_factory=list)
+    parts: list[dict[str, Tensor]] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
+    n_done: int = 0
     seconds: float = 0.0
     is_stopped: bool = False
-
-    @property
-    def n_done(self) -> int:
-        return sum(len(part) for part in self.parts)
 
 
 class Explorer(Live):
     """Live controller of one problem and several methods. Use `explorer(...)`; as a cell's last line it shows itself.
 
     inputs: the settings wanted. run: the Run shown (None before the first). runs: all Runs so far.
-    view, frontier, frame: what the front end draws (two plain dicts; bytes, see `_frame`).
+    view, frontier, frame: what the front end draws (two plain dicts; bytes, see `view.packed`). family: the View that
+    says how runs are shown.
     With WORKBENCH_HEADLESS set in the environment there is no worker: `set` runs at once and raises.
     """
 
     _latest: ClassVar[Explorer | None] = None  # the one last touched: only it computes ahead
 
-    def __init__(self, problem: Denoising, methods: Sequence[str], *, n_samples: int = 16, seed: int = 0,
+    def __init__(self, problem: Problem, methods: Sequence[str], *, n_samples: int = 16, seed: int = 0,
                  store: Store | None = None, **knobs: Any) -> None:
         if not methods:
             raise ValueError("methods=(): expected at least one name")
@@ -94,17 +95,14 @@ class Explorer(Live):
         self._knobs: dict[str, dict[str, Any]] = {}  # last knobs of each method
         self._memo = Memo(128_000_000)
         self._fresh = False  # whether a network was evaluated since the last look
-        self._shared = problem.wrapped(self._watched).wrapped(self._memo.wrap)
-        self._remembered = problem.wrapped(self._memo.recall)
-        self._pictures = Memo(32_000_000)
-        self._images = self._pictures.wrap("images", problem.images) if problem.images else None
+        watched = problem.wrapped(self._watched)
+        self.shared = watched if problem.sharing == "none" else watched.wrapped(self._memo.wrap)
+        self._remembered = problem.wrapped(self._memo.recall) if problem.sharing == "batch" else None
         self._runs: dict[str, Run] = {}
-        self._timings: dict[str, Timing] = {}
-        self._pixels: dict[str, Tensor] = {}
-        self._levels: dict[Any, tuple[list[tuple[float, int]], bool]] = {}  # by method and knobs, see `_walk`
-        self._reached: dict[str, list[float]] = {}  # log-SNR after each step of runs whose steps depend on the data
+        self._sizes: dict[str, int] = {}  # bytes of runs
+        self.timings: dict[str, Timing] = {}
+        self._drawable: dict[str, list[Pane]] = {}  # the panes of runs
         self._failed: set[str] = set()
-        self._glimpsed: set[str] = set()  # trunks whose pictures are kept
         self._past: list[Inputs] = []
         self._future: list[Inputs] = []
         self._gesture: Any = None
@@ -113,10 +111,11 @@ class Explorer(Live):
         self._pinned: Run | None = None
         self._status, self._notice, self._ack = "", "", ""
         self._error: BaseException | None = None
-        self._open("explorer", {"view": {}, "frontier": {}, "frame": b"", "pinned": b"", "reply": {}})
+        self._open("explorer", {"view": {}, "frontier": {}, "frame": b"", "pinned": b"", "reply": {}, "detail": {}})
         self._revision, self._frontier_is_old, self._frontier_at = 0, False, -math.inf
         self._touched, self._is_idle = 0.0, False
         self.run: Run | None = None
+        self.family: View = view_of(problem.family)(self)
         self.inputs = self._start = self._inputs(self.methods[0], seed, n_samples, {})
         self._publish("spec", self._spec())
         self._publish_view()
@@ -162,6 +161,19 @@ class Explorer(Live):
                 raise self._error
             if not ready:
                 raise TimeoutError(f"not shown after {timeout} s: {self.inputs}")
+
+    def text_frame(self, panes: list[Pane]) -> str:
+        """Panes as text, for what is told once."""
+        return _text(packed({"key": "", "title": ""}, panes))
+
+    @property
+    def change(self) -> Any:
+        """The panel's lock, for views that keep something of their own."""
+        return self._change
+
+    def publish(self, name: str, value: Any) -> None:
+        """Tell the front end something of the view's own."""
+        self._publish(name, value)
 
     def undo(self) -> None:
         """Back to the settings before; nothing happens where there are none."""
@@ -224,25 +236,29 @@ class Explorer(Live):
         runs = self.runs
         knobs = sorted({name for run in runs for name in run.knobs})
         metrics = sorted({name for run in runs for name in run.quality})
+        resources = list(self.problem.counted)
         out = io.StringIO()
         rows = csv.writer(out)
         rows.writerow(["key", "problem", "method", "seed", "n_samples", *knobs,
-                       "evaluations_per_sample", "flops_per_sample", "seconds",
+                       "evaluations_per_sample", "flops_per_sample", *(f"{name}_per_sample" for name in resources),
+                       "seconds",
                        *(f"{m}{part}" for m in metrics for part in ("", "_stderr", "_n"))])
         for run in runs:
-            i, timing = run.inputs, self._timings.get(run.inputs.key)
+            i, timing = run.inputs, self.timings.get(run.inputs.key)
             quality = [run.quality.get(m) for m in metrics]
             rows.writerow([i.key, i.problem, i.method, i.seed, i.n_samples, *(i.knobs.get(name, "") for name in knobs),
                            run.cost.total_evaluations / i.n_samples, run.cost.total_flops / i.n_samples,
+                           *(run.cost.counted.get(name, 0) / i.n_samples for name in resources),
                            timing.seconds if timing else "",
                            *(cell for q in quality for cell in ((q.value, q.stderr, q.n) if q else ("", "", "")))])
         return out.getvalue()
 
-    def score(self, n_samples: int = 500) -> None:
+    def score(self, n_samples: int | None = None) -> None:
         """Grade the settings with more samples, while idle; `stop_score` ends it early and keeps what there is."""
         with self._change:
             i = self.inputs
-            self._score = _Score(workbench.inputs(i.method, self.problem, i.seed, n_samples, **i.knobs))
+            n = self.family.scores[0] if n_samples is None else n_samples
+            self._score = _Score(workbench.inputs(i.method, self.problem, i.seed, n, **i.knobs))
             self._wake(quiet=False)
         self._publish_view()
 
@@ -266,6 +282,7 @@ class Explorer(Live):
             "load": lambda: self.load(intent["link"]),
             "score": lambda: self.score(int(intent["n"])),
             "frontier_n": lambda: self._show_n(int(intent["n"])),
+            "select": lambda: self.family.select(int(intent["item"])),
             "recall": lambda: self._move(self._runs[intent["key"]].inputs),
             "code": lambda: self._reply(intent, text=self.code()),
             "link": lambda: self._reply(intent, text=self.link),
@@ -329,7 +346,7 @@ class Explorer(Live):
 
     def _move(self, wanted: Inputs, gesture: Any = None) -> None:
         """Make `wanted` the settings. Moves of one gesture (one drag) are one step of the history."""
-        self._strip(wanted)  # raises for what the method or the problem refuses
+        self.family.check(wanted)  # raises for what the method or the problem refuses
         with self._change:
             if wanted != self.inputs:
                 if gesture is None or gesture != self._gesture:
@@ -360,6 +377,9 @@ class Explorer(Live):
         self._wake()
 
     def _show_n(self, n: int) -> None:
+        known = sorted({r.inputs.n_samples for r in self.runs} | {self._frontier_n})
+        if n not in known:
+            raise ValueError(f"n={n}: expected {', '.join(map(str, known))}, the numbers of samples of the runs so far")
         self._frontier_n = n
         self._publish_frontier()
 
@@ -383,10 +403,9 @@ class Explorer(Live):
         self._rouse()
 
     def _release(self) -> None:
-        for memo in (self._memo, self._pictures):
-            memo.clear()
-        self._pixels.clear()
-        self._glimpsed.clear()
+        self._memo.clear()
+        self._drawable.clear()
+        self.family.releases()
 
     def _turn(self) -> float:
         with self._change:
@@ -450,59 +469,59 @@ class Explorer(Live):
 
     def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
         drawn, interval = -math.inf, FRAME
-        total = self._n_steps(wanted)
         self._fresh = False
 
         def on_step(step: Step, cost: Cost) -> None:
             nonlocal drawn, interval
-            is_last = step.info["i"] + 1 == total  # the finished run is drawn by `_show`
+            is_last = step.info["i"] + 1 == self.family.n_steps(wanted)  # the finished run is drawn by `_show`
             # steps answered from memory take no time: `_glimpse` has shown how far they reach
             if self._fresh and not is_last and not overtaken() and time.monotonic() - drawn >= interval:
                 before = time.monotonic()
                 self._preview(wanted, step)
                 first, drawn = math.isinf(drawn), time.monotonic()
-                # previews take a fifth of the time at most; the first one may load libraries, and says nothing
-                interval = FRAME if first else max(FRAME, 4 * (drawn - before))
+                interval = FRAME if first else max(FRAME, PREVIEWS * (drawn - before))  # the first may load libraries
             self._fresh = False
 
         return self._made(wanted, lambda: self._is_closed or overtaken(), on_step)
 
     def _made(self, wanted: Inputs, stop: Stop, on_step: Callable[[Step, Cost], object] = lambda step, cost: None
               ) -> Run:
-        """The run of these settings; where its steps depend on the data, how far each of them came is kept."""
-        reached: list[float] = []
-
+        """The run of these settings; the family's view sees each step."""
         def walked(step: Step, cost: Cost) -> None:
-            reached.append(step.info["there"].log_snr)
+            self.family.saw(wanted, step)
             on_step(step, cost)
 
-        run = workbench.run(wanted.method, self._shared, wanted.seed, wanted.n_samples, stop=stop, on_step=walked,
+        self.family.begins(wanted)
+        run = workbench.run(wanted.method, self.shared, wanted.seed, wanted.n_samples, stop=stop, on_step=walked,
                             **wanted.knobs)
-        if METHODS[wanted.method].is_bound:
-            self._reached[wanted.key] = reached
+        self.family.ended(wanted)
         return run
 
     def _glimpse(self, wanted: Inputs) -> None:
-        """Show at once what is remembered of the settings wanted: a finished run, or the last data estimate known.
+        """Show at once what is remembered of the settings wanted: a finished run, or the last step known.
 
         In the thread that asks, so that it need not wait for the step that the worker is in.
         """
         run = self._runs.get(wanted.key)
-        if run is not None:
+        if run is not None and self.family.is_drawable(run):
             self._publish("frame", self._frame(run))
             return
         steps = []
-        with suppress(LookupError):  # as far as memory reaches: extend keeps the steps before
-            steps.extend(METHODS[wanted.method].function(self._remembered, Rng(wanted.seed, wanted.n_samples),
-                                                         **wanted.knobs))
-        # to decode takes long while the worker computes: rather an earlier picture at once
-        kept = [s for s in steps if self._pictures.get(address("images", (s.info["x0"],))) is not None]
+        if self._remembered is not None:
+            with suppress(LookupError):  # as far as memory reaches: extend keeps the steps before
+                steps.extend(METHODS[wanted.method].function(self._remembered, Rng(wanted.seed, wanted.n_samples),
+                                                             **wanted.knobs))
+        # to draw may take long while the worker computes: rather an earlier step at once
+        kept = [step for step in steps if self.family.is_quick(step)]
         if steps:
             self._preview(wanted, (kept or steps)[-1])
 
     def _preview(self, wanted: Inputs, step: Step) -> None:
-        """Show the data estimate of a step, unless the other thread was quicker and has shown where it leads."""
-        frame = self._frame(wanted, self._picture(step.info["x0"]), step.info["i"] + 1)
+        """Show a step, unless the other thread was quicker and has shown where it leads."""
+        panes = self.family.early(wanted, step)
+        if panes is None:
+            return
+        frame = self._frame(wanted, panes, step.info["i"] + 1)
         with self._change:
             if self.inputs == wanted and not self._is_shown:
                 self._outbox.put("frame", frame)
@@ -514,96 +533,114 @@ class Explorer(Live):
         if self._score is not None:
             return self._score_batch
         shown = self.run.inputs
-        trunk = self._trunk(shown)
-        if trunk is not None and trunk.key not in self._glimpsed and trunk.key not in self._failed:
-            return lambda stop: self._prepare(trunk, stop)
-        for name in ("reference", "baseline"):
-            rival = self._rival(name, shown)
-            if rival.key not in self._runs and rival.key not in self._failed:
+        for name, status, work in self.family.ahead(self.run):
+            if name not in self._failed:
+                return lambda stop: self._apart(name, status, partial(work, stop))
+        reference = self._rival("reference", shown)
+        for name, rival in (("reference", reference), ("baseline", self._rival("baseline", shown))):
+            if rival is not None and self._is_missing(rival):
                 return lambda stop: self._fill(rival, stop, f"computing the {name}")
-        if shown.key not in self._timings:
-            return self._time
+        for given in (shown, reference):
+            if given is not None and given.key not in self.timings and _timing(given) not in self._failed:
+                return lambda stop: self._time(given, stop)
+        if shown.n_samples < self.family.scored:
+            for given in (shown, reference):
+                more = given and replace(given, n_samples=self.family.scored)
+                if more is not None and self._is_missing(more):
+                    return lambda stop: self._fill(more, stop, f"grading with {more.n_samples} samples")
         if Explorer._latest is self:
-            missing = [i for i in self._neighbours(shown) if i.key not in self._runs and i.key not in self._failed]
+            missing = [near for near in self._neighbours(shown) if self._is_missing(near)]
             if missing:
                 return lambda stop: self._fill(missing[0], stop, f"filling in {len(missing)} neighbouring settings")
         return None
 
-    def _trunk(self, now: Inputs) -> Inputs | None:
-        """The trajectory that every other switch point starts on: the first model's alone."""
-        if "fractions" not in now.knobs or len(self.problem.models) < 2:
-            return None
-        first = now.knobs.get("order") != "costly_first"
-        return workbench.inputs(now.method, self.problem, now.seed, now.n_samples,
-                                **{**now.knobs, "fractions": (float(first),)})
+    def _is_missing(self, wanted: Inputs) -> bool:
+        return wanted.key not in self._runs and wanted.key not in self._failed
 
-    def _prepare(self, trunk: Inputs, stop: Stop) -> None:
-        """Walk along the trunk and keep its pictures, so that a glimpse of any switch point is at hand."""
-        self._fill(trunk, stop, "preparing previews")
-        for step in METHODS[trunk.method].function(self._shared, Rng(trunk.seed, trunk.n_samples), **trunk.knobs):
-            self._picture(step.info["x0"])
-            if stop():
-                raise Cancelled
-        self._glimpsed.add(trunk.key)
-
-    def _fill(self, wanted: Inputs, stop: Stop, status: str) -> None:
+    def _apart(self, name: str, status: str, work: Callable[[], None]) -> None:
         self._tell(status)
+        self._unasked(name, work)
+
+    def _unasked(self, key: str, work: Callable[[], None]) -> None:
+        """Do something that nobody asked for. What fails is named once and not tried again; all else goes on."""
         try:
-            run = self._known(wanted) or self._made(wanted, stop)
+            work()
         except Cancelled:
             raise
-        except Exception as error:  # of a setting that nobody asked for: the others go on
-            self._failed.add(wanted.key)
+        except Exception as error:
+            self._failed.add(key)
             self._idle_fault(error)
-            return
+
+    def _fill(self, wanted: Inputs, stop: Stop, status: str) -> None:
+        """Make a run that nobody asked for, or find it."""
+        self._apart(wanted.key, status, lambda: self.obtain(wanted, stop))
+
+    def obtain(self, wanted: Inputs, stop: Stop) -> Run:
+        """A run that is known or made now, and remembered. Raises Cancelled once stop()."""
+        run = self._known(wanted) or self._made(wanted, stop)
         with self._change:
-            self._keep(run)
+            run = self._keep(run)
             self._frontier_is_old = True
         if wanted == self._rival("reference", self.inputs):
             self._publish_view()
+        return run
 
-    def _time(self, stop: Stop) -> None:
-        self._tell("measuring time")
-        i = self.run.inputs
-        self._timings[i.key] = workbench.timed(i.method, self.problem, i.seed, i.n_samples, stop=stop, **i.knobs)
-        self._publish_view()
+    def _time(self, given: Inputs, stop: Stop) -> None:
+        def work() -> None:
+            self.timings[given.key] = workbench.timed(given.method, self.problem, given.seed, given.n_samples,
+                                                       stop=stop, **given.knobs)
+            self._frontier_is_old = True
+            self._publish_view()
+
+        self._apart(_timing(given), "measuring time", work)
 
     def _score_batch(self, stop: Stop) -> None:
-        """The next batch of a long score, or its end. A batch cut short is drawn again; batching changes no sample."""
-        score = self._score
+        """The next batch of a long score, or its end. A batch cut short is drawn again; batching changes no sample.
+
+        A score that fails is given up: it was asked for, so its error is raised.
+        """
+        try:
+            self._grade_on(self._score, stop)
+        except Cancelled:
+            raise
+        except Exception:
+            self._score = None
+            raise
+
+    def _grade_on(self, score: _Score, stop: Stop) -> None:
         given, first = score.inputs, score.n_done
         if score.is_stopped or first == given.n_samples:
             self._finish(score)
             return
-        begin, size = time.monotonic(), min(BATCH, given.n_samples - first)
-        labels = self.problem.labels(first + size)
-        part = replace(self.problem, labels=lambda n: None if labels is None else labels[first : first + n])
-        meter = Meter(part.prices)
+        begin, size = time.monotonic(), min(self.family.batch, given.n_samples - first)
+        meter = Meter(self.problem.prices, self.problem.counted)
         method, rng = METHODS[given.method].function, Rng(given.seed, size, first)
         answer = None
-        for step in method(part.wrapped(meter.wrap), rng, **given.knobs):
+        for step in method(self.problem.wrapped(meter.wrap), rng, **given.knobs):
             answer = step.state
             if stop():
                 raise Cancelled
-        score.parts.append(answer)
+        score.parts.append(tensors_of(answer))
         score.costs.append(meter.cost)
+        score.n_done += size
         score.seconds += time.monotonic() - begin
         self._tell("scoring")
 
     def _finish(self, score: _Score) -> None:
         run = None
         if score.parts:
-            answer = torch.cat(score.parts)
-            given = replace(score.inputs, n_samples=len(answer))
-            cost = Cost(*({name: sum(getattr(c, part)[name] for c in score.costs) for name in self.problem.flops}
-                          for part in ("evaluations", "calls", "flops")))
-            quality = self.problem.judge(answer, self.problem.labels(len(answer)))
-            run = Run(given, cost, quality, environment(answer), answer)
+            whole = {name: torch.cat([part[name] for part in score.parts]) for name in score.parts[0]}
+            answer = whole.get("", whole)
+            given = replace(score.inputs, n_samples=score.n_done)
+            totals = ({name: sum(getattr(c, part)[name] for c in score.costs) for name in getattr(score.costs[0], part)}
+                      for part in ("evaluations", "calls", "flops", "counted"))
+            quality = self.problem.judge(answer, self.problem.cases(given.seed, given.n_samples))
+            run = Run(given, Cost(*totals), dict(quality), environment(answer), answer)
         with self._change:
             self._score = None
             if run is not None:
                 self._keep(run)
-                self._frontier_n = len(run.answer)
+                self._frontier_n = run.inputs.n_samples
         self._publish_frontier()
         self._tell("")
 
@@ -619,11 +656,14 @@ class Explorer(Live):
         return watched
 
     def _known(self, wanted: Inputs) -> Run | None:
+        """A run that need not be made: remembered or stored. What is to be shown must be drawable too."""
         run = self._runs.get(wanted.key)
-        return self.store.get(wanted) if run is None and self.store is not None else run
+        if run is None and self.store is not None:
+            run = self.store.get(wanted)
+        return run if run is None or wanted != self.inputs or self.family.is_drawable(run) else None
 
-    def _keep(self, run: Run) -> Run:
-        """Remember a run; give it, or all runs whose reference it is, their distance from the reference."""
+    def _remember(self, run: Run) -> None:
+        """Put a run into the store and among those known, of which the oldest go where there are too many."""
         key = run.inputs.key
         if self.store is not None and key not in self._runs:
             try:
@@ -632,14 +672,18 @@ class Explorer(Live):
             except OSError as error:  # a full, read-only or deleted folder: the run is shown all the same
                 self._notice = f"not kept in the store: {error}"
         self._runs.setdefault(key, run)
+        self._sizes.setdefault(key, run.nbytes)
         self._forget(key)
-        is_reference = self._rival("reference", run.inputs).key == key
+
+    def _keep(self, run: Run) -> Run:
+        """Remember a run; give it, or all runs whose reference it is, their distance from the reference."""
+        key = run.inputs.key
+        self._remember(run)
+        is_reference = self._rival("reference", run.inputs) == run.inputs
         for other in list(self._runs.values()) if is_reference else [self._runs[key]]:
-            reference = self._runs.get(self._rival("reference", other.inputs).key)
-            if reference is not None and "drift" not in other.quality:
-                scale = 255 if self.problem.images else 1
-                far = drift(self._drawn(other).double() / scale, self._drawn(reference).double() / scale)
-                graded = replace(other, quality={**other.quality, "drift": far})
+            reference = self._reference(other.inputs)
+            if reference is not None and self.family.has_drift and "drift" not in other.quality:
+                graded = compared(other, reference, self.family.drawn_problem)
                 self._runs[other.inputs.key] = graded
                 if self.run is not None and self.run.inputs == other.inputs:
                     self.run = graded
@@ -648,78 +692,63 @@ class Explorer(Live):
     def _forget(self, newest: str) -> None:
         """Bound what is remembered: the oldest runs go, but for what is shown, pinned, a rival, or just made."""
         safe = {newest, *(r.inputs.key for r in (self.run, self._pinned) if r is not None)}
-        held = sum(r.answer.nbytes for r in self._runs.values())
+        held = sum(self._sizes.values())
         for key in list(self._runs):
             if len(self._runs) <= MAX_RUNS and held <= MAX_RUN_BYTES:
                 return
-            is_rival = any(self._rival(name, self._runs[key].inputs).key == key for name in ("reference", "baseline"))
+            own = self._runs[key].inputs
+            is_rival = any(self._rival(name, own) == own for name in ("reference", "baseline"))
             if key not in safe and not is_rival:
-                held -= self._runs.pop(key).answer.nbytes
-                for known in (self._pixels, self._timings, self._reached):
+                held -= self._sizes[key]
+                del self._runs[key]
+                for known in (self._sizes, self._drawable, self.timings):
                     known.pop(key, None)
+                self.family.forgets(key)
 
-    def _rival(self, name: str, like: Inputs) -> Inputs:
-        """The reference or the baseline for settings: same noise, labels and guidance."""
-        method, knobs = getattr(self.problem, name)
-        shared = {k: like.knobs[k] for k in ("guidance",) if k in like.knobs and k in METHODS[method].knobs}
-        return workbench.inputs(method, self.problem, like.seed, like.n_samples, **{**knobs, **shared})
+    def _rival(self, name: str, like: Inputs) -> Inputs | None:
+        """The reference or the baseline for settings; None where the problem's cannot be, which is said once."""
+        try:
+            method, knobs = getattr(self.problem, name)
+            known = workbench.get(method).knobs
+            shared = {k: like.knobs[k] for k in self.family.carried if k in like.knobs and k in known}
+            return workbench.inputs(method, self.problem, like.seed, like.n_samples, **{**knobs, **shared})
+        except (KeyError, TypeError, ValueError) as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                self._notice = f"the problem's {name}: {told(error)}"
+            return None
+
+    def _reference(self, like: Inputs) -> Run | None:
+        """The reference for settings, where it is known."""
+        rival = self._rival("reference", like)
+        return None if rival is None else self._runs.get(rival.key)
 
     def _neighbours(self, now: Inputs) -> Iterator[Inputs]:
-        """Settings that a hand may reach next, nearest first: other switch points, or other numbers of steps."""
-        spec = METHODS[now.method]
-        accuracy = next((name for name in ("tolerance", "rtol") if name in spec.knobs
-                         and spec.knobs[name].knob.is_met(now.knobs)), None)
-        changes: list[dict[str, Any]]
-        if "fractions" in now.knobs and len(self.problem.models) > 1:
-            reached = [0.0, *self._strip(now)["reached"]]
-            shares = full_fractions(now.knobs["fractions"], len(self.problem.models))
-            ends = [sum(shares[: k + 1]) for k in range(len(shares) - 1)]
-            moved = [[*ends[:k], r, *ends[k + 1 :]] for k in range(len(ends)) for r in reached]
-            moved = [e for e in moved if e == sorted(e)]
-            moved.sort(key=lambda e: sum(abs(a - b) for a, b in zip(e, ends, strict=True)))
-            changes = [{"fractions": _differences(e)} for e in moved]
-        else:
-            name, values = (accuracy, TOLERANCES) if accuracy else ("n_steps", BUDGETS)
-            here = now.knobs.get(name, 1)
-            changes = [{name: value} for value in sorted(values, key=lambda v: abs(math.log(v / here)))]
-        for change in changes:
-            near = workbench.inputs(now.method, self.problem, now.seed, now.n_samples, **{**now.knobs, **change})
+        """Settings that a hand may reach next, nearest first."""
+        for change in self.family.neighbours(now):
             with suppress(ValueError):  # what the method refuses is no neighbour
-                self._strip(near)
+                near = workbench.inputs(now.method, self.problem, now.seed, now.n_samples, **{**now.knobs, **change})
+                self.family.check(near)
                 yield near
 
     # ---------------------------------------------------------------- what is drawn
 
-    def _picture(self, state: Tensor) -> Tensor:
-        """Samples as they are drawn: (n, H, W[, 3]) uint8, or (n, D) float32 where they are no pictures."""
-        if self._images is None:
-            return state.detach().flatten(1).float().cpu()
-        with torch.no_grad():
-            return self._images(state)
-
-    def _drawn(self, run: Run) -> Tensor:
+    def _panes(self, run: Run) -> list[Pane]:
         key = run.inputs.key
-        if key not in self._pixels:
-            self._pixels[key] = self._picture(run.answer)
-        return self._pixels[key]
+        if key not in self._drawable:
+            self._drawable[key] = self.family.panes(run)
+        return self._drawable[key]
 
-    def _frame(self, of: Run | Inputs, pixels: Tensor | None = None, step: int | None = None) -> bytes:
-        """Length of the header (4 bytes, little-endian), header (JSON), values: title and picture in one message."""
+    def _frame(self, of: Run | Inputs, panes: list[Pane] | None = None, step: int | None = None) -> bytes:
+        """Title and panes in one message, of a run or of one of its steps."""
         given = of.inputs if isinstance(of, Run) else of
-        pixels = self._drawn(of) if isinstance(of, Run) else pixels
-        total = self._n_steps(given)
+        total = self.family.n_steps(given)
         self._revision += 1
-        header = {"revision": self._revision, "key": given.key, "title": self._title(given),
-                  "shape": list(pixels.shape), "step": total if step is None else step, "of": total,
-                  "is_done": step is None}
-        head = json.dumps(header).encode()
-        return struct.pack("<I", len(head)) + head + pixels.contiguous().numpy().tobytes()
-
-    @cached_property
-    def _letters(self) -> list[str]:
-        names = [m.name for m in self.problem.models]
-        letters = [name if len(name) <= 2 else name[0].upper() for name in names]
-        return letters if len(set(letters)) == len(letters) else [str(i + 1) for i in range(len(names))]
+        made = packed({"revision": self._revision, "key": given.key, "title": self.family.title(given),
+                       "step": total if step is None else step, "of": total, "is_done": step is None},
+                      self._panes(of) if isinstance(of, Run) else panes or [])
+        self.family.shown(given, is_done=step is None)
+        return made
 
     def _spec(self) -> dict[str, Any]:
         """What stays as it is: models, methods with their knobs, metrics."""
@@ -732,132 +761,45 @@ class Explorer(Live):
 
         methods = [{"name": m.name, "summary": m.summary, "source": m.source,
                     "knobs": [knob(b) for b in m.knobs.values()]} for m in map(workbench.get, self.methods)]
-        names = [m.name for m in self.problem.models]
-        models = [{"name": n, "letter": letter} for n, letter in zip(names, self._letters, strict=True)]
         metrics = {m.name: {"label": m.label, "unit": m.unit, "higher": m.higher_is_better, "min_n": m.min_n,
                             "help": m.help} for m in METRICS.values()}
-        law = ""  # samples of the true law, to draw under samples that are no pictures
-        if self.problem.images is None and self.problem.data is not None:
-            law = _text(self._frame(self._start, self._picture(self.problem.data(1000, 0))))
-        return {"problem": self.problem.name, "is_image": self.problem.images is not None, "law": law,
-                "models": models, "methods": methods, "metrics": metrics, "scores": SCORES}
-
-    def _strip(self, given: Inputs) -> dict[str, Any]:
-        """The trajectory: log-SNR before each step, steps per model, and whose they are, [model, steps] in order.
-
-        reached: the share of the trajectory after each step, at which switches between models may lie; empty without
-        switches. is_open: how many steps there will be is not known yet. Raises ValueError for what is refused.
-        """
-        knobs, schedule, n_models = given.knobs, self.problem.schedule, len(self.problem.models)
-        if "fractions" in knobs:
-            level = grid(schedule, knobs["n_steps"], knobs["spacing"])
-            shares = full_fractions(knobs["fractions"], n_models)
-            turn = -1 if knobs["order"] == "costly_first" else 1
-            split = step_counts(shares[::turn], level, schedule, knobs["boundary"])
-            owned = list(zip(range(n_models)[::turn], split, strict=True))
-            log_snr, is_open = [p.log_snr for p in level[:-1]], False
-            reached = progress(level, schedule, knobs["boundary"])
-        else:
-            levels, is_open = self._walk(given)
-            log_snr, reached = [at for at, _ in levels], []
-            owned = [(k, len(list(steps))) for k, steps in groupby(owner for _, owner in levels)]
-        counts = tuple(sum(n for k, n in owned if k == m) for m in range(n_models))
-        return {"log_snr": [round(at, 3) if math.isfinite(at) else None for at in log_snr],  # no signal at all: None
-                "counts": counts, "owned": owned, "reached": reached, "is_open": is_open}
-
-    def _walk(self, given: Inputs) -> tuple[list[tuple[float, int]], bool]:
-        """Each step's (log-SNR at which it first asks a model, that model's index), and whether more is to come.
-
-        The method itself tells, asked without its networks. Where steps depend on the data a run must tell, and before
-        it only the first is known. Raises ValueError where the method refuses these settings.
-        """
-        key = (given.method, *given.knobs.items())
-        if key not in self._levels:
-            levels = self._dry(given, 1.0)
-            is_bound = METHODS[given.method].is_bound
-            depends = is_bound and levels[:SAME] != self._dry(given, 0.5, SAME)
-            self._levels[key] = (levels[:1] if depends else levels), depends
-        levels, depends = self._levels[key]
-        if depends and given.key in self._reached:
-            first, owner = levels[0]
-            return [(at, owner) for at in (first, *self._reached[given.key][:-1])], False
-        return levels, depends
-
-    def _dry(self, given: Inputs, gain: float, most: int | None = None) -> list[tuple[float, int]]:
-        """`_walk` on one sample of one entry, with networks that only multiply; at most so many steps."""
-        names, asked = [m.name for m in self.problem.models], []
-
-        def hollow(name: str, network: Network) -> Network:
-            schedule = self.problem.models[names.index(name)].schedule
-
-            def answer(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-                asked.append(schedule.at(float(t[0])).log_snr)
-                return gain * x
-
-            return answer
-
-        one = replace(self.problem.wrapped(hollow), shape=(1,), labels=lambda n: None, device="cpu")
-        levels = []
-        for step in islice(METHODS[given.method].function(one, Rng(0, 1), **given.knobs), most):
-            levels.append((asked[0], names.index(step.info["model"])))
-            asked.clear()
-        return levels
-
-    def _n_steps(self, given: Inputs) -> int | None:
-        """Steps of a run, None where they depend on the data and the run is not known."""
-        if "fractions" in given.knobs:
-            return given.knobs["n_steps"]
-        levels, is_open = self._walk(given)
-        return None if is_open else len(levels)
-
-    def _title(self, given: Inputs) -> str:
-        """The settings in a line: steps, the steps of each model, guidance, and all that differs from the presets."""
-        words = [given.method]
-        for name, value in given.knobs.items():
-            if name == "fractions":
-                counts = zip(self._letters, self._strip(given)["counts"], strict=True)
-                words.append(" + ".join(f"{letter} {count}" for letter, count in counts))
-            elif name == "n_steps":
-                unit = METHODS[given.method].knobs[name].knob.unit
-                words.append(f"{value} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}")
-            elif name == "guidance" or value != METHODS[given.method].knobs[name].default:
-                words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
-        words = [word.replace("_", " ") if word != given.method else word for word in words]
-        return " · ".join([*words, f"seed {given.seed}", f"{given.n_samples} samples"])
+        return {"problem": self.problem.name, "methods": methods, "metrics": metrics, "scores": self.family.scores,
+                "axes": self.family.axes(), "main_metric": self.family.main_metric,
+                "sample": FAMILIES[self.problem.family].sample, **self.family.spec()}
 
     def _card(self, run: Run) -> dict[str, Any]:
         """A run's title, cost per sample and quality, for the front end."""
         i, n = run.inputs, run.inputs.n_samples
-        timing = self._timings.get(i.key)
+        timing = self.timings.get(i.key)
         alike = (r for r in self._runs.values()
                  if (r.inputs.method, r.inputs.seed, r.inputs.knobs) == (i.method, i.seed, i.knobs))
         larger = max(alike, key=lambda r: r.inputs.n_samples, default=run)
         quality = {**larger.quality, **{k: q for k, q in run.quality.items() if k not in larger.quality}}
         return {
-            "key": i.key, "title": self._title(i), "full": run.title, "method": i.method, "knobs": dict(i.knobs),
-            "n": n, "evaluations": [run.cost.evaluations[m.name] / n for m in self.problem.models],
-            "flops": [run.cost.flops[m.name] / n for m in self.problem.models],
-            "quality": {k: [_finite(q.value), _finite(q.stderr), q.n] for k, q in quality.items()},
+            "key": i.key, "title": self.family.title(i), "full": run.title, "method": i.method,
+            "knobs": dict(i.knobs), "n": n, "costs": self.family.costs(run, timing),
+            "lines": self.family.lines(run, self._reference(i)),
+            "quality": {k: [finite(q.value), finite(q.stderr), q.n] for k, q in quality.items()},
             "timing": timing and {
                 "ms": 1e3 * timing.seconds, "spread": 1e3 * timing.spread, "repeats": timing.repeats,
-                "by_model": [1e3 * timing.by_model[m.name] for m in self.problem.models],
+                "by_model": [1e3 * seconds for seconds in timing.by_model.values()],
                 "peak_mb": timing.peak_bytes / 1e6, "machine": timing.machine},
         }
 
     def _view(self) -> dict[str, Any]:
         """All that changes, but for pictures and the frontier's points."""
         i, score = self.inputs, self._score
-        reference = self._runs.get(self._rival("reference", self.run.inputs).key) if self.run else None
+        reference = self._reference(self.run.inputs) if self.run else None
         return {
             "ack": self._ack, "is_stale": not self._is_shown, "status": self._status, "notice": self._notice,
             "error": "" if self._error is None else f"{type(self._error).__name__}: {self._error}",
             "state": {"method": i.method, "knobs": dict(i.knobs), "seed": i.seed, "n_samples": i.n_samples},
-            "strip": self._strip(i), "can_undo": bool(self._past), "can_redo": bool(self._future),
+            "strip": self.family.trajectory(i), "can_undo": bool(self._past), "can_redo": bool(self._future),
             "shown": self._card(self.run) if self.run else None,
             "pinned": self._card(self._pinned) if self._pinned else None,
             "reference": self._card(reference) if reference else None,
             "score": score and {
-                "done": score.n_done, "n": score.inputs.n_samples, "title": self._title(score.inputs),
+                "done": score.n_done, "n": score.inputs.n_samples, "title": self.family.title(score.inputs),
                 "eta": score.seconds / score.n_done * (score.inputs.n_samples - score.n_done) if score.parts else None},
         }
 
@@ -865,18 +807,29 @@ class Explorer(Live):
         """Points by metric, of the runs with the number of samples chosen; seeds of one setting are one point."""
         runs = list(self._runs.values())
         chosen = [r for r in runs if r.inputs.n_samples == self._frontier_n]
+        if self.family.is_pooled:
+            largest: dict[str, Run] = {}
+            for run in sorted(runs, key=lambda r: r.inputs.n_samples):
+                largest[replace(run.inputs, n_samples=1).key] = run
+            chosen = list(largest.values())
         like = replace(self.run.inputs, n_samples=self._frontier_n) if self.run else None
-        rivals = {self._rival(name, like).key: name for name in ("reference", "baseline")} if like else {}
+        rivals = {rival.key: name for name in ("reference", "baseline") if like and (rival := self._rival(name, like))}
         metrics: dict[str, list[dict[str, Any]]] = {}
         for metric in sorted({m for r in chosen for m in r.quality}):
             metrics[metric] = [
-                {"keys": [r.inputs.key for r in p.runs], "method": p.runs[0].inputs.method, "flops": p.flops,
-                 "evaluations": p.evaluations, "value": p.value, "stderr": _finite(p.stderr), "n": p.n,
+                {"keys": [r.inputs.key for r in p.runs], "method": p.runs[0].inputs.method, **self._spent(p.runs),
+                 "value": p.value, "stderr": finite(p.stderr), "n": p.n,
                  "role": next((rivals[r.inputs.key] for r in p.runs if r.inputs.key in rivals), "")}
                 for p in points(chosen, metric) if math.isfinite(p.value)]
-        ns = sorted({r.inputs.n_samples for r in runs} | {self._frontier_n})
-        titles = {r.inputs.key: self._title(r.inputs) for r in chosen}
+        ns = [] if self.family.is_pooled else sorted({r.inputs.n_samples for r in runs} | {self._frontier_n})
+        titles = {r.inputs.key: self.family.title(r.inputs) for r in chosen}
         return {"n": self._frontier_n, "ns": ns, "metrics": metrics, "titles": titles}
+
+    def _spent(self, runs: Sequence[Run]) -> dict[str, float]:
+        """The means over seeds of the costs of one setting, as far as they are known."""
+        each = [self.family.spent(run) for run in runs]
+        return {name: sum(known) / len(known) for name in each[0]
+                if (known := [one[name] for one in each if name in one])}
 
     @cached_property
     def widget(self) -> ExplorerWidget:
@@ -884,20 +837,37 @@ class Explorer(Live):
         return ExplorerWidget(self)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and for hosts without it what is shown, as text and as a picture."""
         if self.is_headless:
-            return {"text/plain": f"Explorer on {self.problem.name}: {self._title(self.inputs)}"}
-        return self.widget._repr_mimebundle_(**kwargs)
+            return self._still()
+        bundle = self.widget._repr_mimebundle_(**kwargs)
+        data, more = bundle if isinstance(bundle, tuple) else (bundle, {})
+        with suppress(Exception):  # the first run, if it comes soon
+            self.wait(1.0)
+        return {**data, **self._still()}, more
+
+    def _still(self) -> dict[str, Any]:
+        """What is shown, as plain text and, once there is a run, as PNG."""
+        lines = [f"Explorer on {self.problem.name}: {self.family.title(self.inputs)}"]
+        run = self.run
+        if run is None:
+            return {"text/plain": lines[0]}
+        lines += [f"{METRICS[name].label}: {q}" for name, q in run.quality.items() if name in METRICS]
+        lines += [f"{bar['name']}: {sum(bar['parts']):.4g}" for bar in self.family.costs(run, None)]
+        picture = still(self.family.title(run.inputs), self._panes(run))
+        return {"text/plain": "\n".join(lines)} | ({"image/png": _text(picture)} if picture else {})
 
 
 class ExplorerWidget(anywidget.AnyWidget):
     """An Explorer in JupyterLab. Wishes come as messages and results go as traits: each is set by one side only."""
 
-    _esm = script("ticks.js", "explorer.js")
-    _css = HERE / "explorer.css"
+    _esm = script(*PARTS)
+    _css = "\n".join((HERE / name).read_text() for name in STYLES)
     spec = traitlets.Dict().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)
     frontier = traitlets.Dict().tag(sync=True)
     reply = traitlets.Dict().tag(sync=True)
+    detail = traitlets.Dict().tag(sync=True)
     frame = traitlets.Bytes().tag(sync=True)
     pinned = traitlets.Bytes().tag(sync=True)
 
@@ -907,26 +877,31 @@ class ExplorerWidget(anywidget.AnyWidget):
         explorer.subscribe(lambda name, value: setattr(self, name, value))
 
 
-def explorer(problem: Denoising | Decoding, methods: Sequence[str] | None = None, *, n_samples: int | None = None,
-             seed: int = 0, store: Store | str | os.PathLike[str] | None = None, **knobs: Any) -> Explorer:
-    """Explore methods on a problem: drag knobs and switch points, see samples, cost and quality live.
+def explorer(problem: Problem, methods: Sequence[str] | None = None, *, n_samples: int | None = None, seed: int = 0,
+             store: Store | str | os.PathLike[str] | None = None, **knobs: Any) -> Explorer:
+    """Explore methods on a problem: drag knobs, see what is made, its cost and its quality live.
 
-    methods: default t_stitch, ddim and dpmpp_2m, or all that decode. n_samples: default 16 pictures or 1 text. knobs:
-    starting values, for the methods that have them. store: where runs are looked up and kept, or its folder.
-    Raises TypeError for no problem, and what `workbench.inputs` raises for settings that cannot be.
+    methods: by default those that the family's view names, or all of the family that the problem is for. n_samples: by
+    default what the view says. knobs: starting values, for the methods that have them. store: where runs are looked up
+    and kept, or its folder. Raises TypeError for no problem, and what `workbench.inputs` raises for settings that
+    cannot be.
     """
-    if not isinstance(problem, Denoising | Decoding):
+    if not isinstance(problem, Problem):
         raise TypeError(f"problem={problem!r:.100}: expected a problem, such as workbench.problems.glyphs.glyphs()")
     if store is not None and not isinstance(store, Store):
         store = Store(store)
-    if isinstance(problem, Decoding):
-        from widgets.drafts import FAMILY as DRAFTING  # which is built on this module
-        from widgets.drafts import drafts_explorer
+    view = view_of(problem.family)
+    if methods is None:
+        allowed = getattr(problem, "methods", None)
+        methods = view.methods or [m.name for m in METHODS.values() if m.family == problem.family]
+        methods = [name for name in methods if allowed is None or name in allowed]
+    return Explorer(problem, methods, n_samples=view.n_samples if n_samples is None else n_samples, seed=seed,
+                    store=store, **knobs)
 
-        return drafts_explorer(problem, DRAFTING if methods is None else methods,
-                               n_samples=1 if n_samples is None else n_samples, seed=seed, store=store, **knobs)
-    return Explorer(problem, ("t_stitch", "ddim", "dpmpp_2m") if methods is None else methods,
-                    n_samples=16 if n_samples is None else n_samples, seed=seed, store=store, **knobs)
+
+def _timing(given: Inputs) -> str:
+    """What a measurement of these settings that failed is known by; the settings' run may be sound."""
+    return f"timing {given.key}"
 
 
 def _fits(knob: BoundKnob, value: Any) -> bool:
@@ -937,14 +912,5 @@ def _fits(knob: BoundKnob, value: Any) -> bool:
     return True
 
 
-def _differences(ends: Sequence[float]) -> tuple[float, ...]:
-    """Shares from cumulated shares, rounded so that equal settings get equal keys."""
-    return tuple(round(b - a, 12) for a, b in zip([0.0, *ends[:-1]], ends, strict=True))
-
-
 def _text(content: bytes) -> str:
     return base64.b64encode(content).decode()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

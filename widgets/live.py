@@ -25,7 +25,7 @@ Listener = Callable[[str, Any], None]
 
 def script(*names: str) -> str:
     """Files of the front end, one after the other, as one module."""
-    return "\n".join((Path(__file__).parent / name).read_text() for name in names)
+    return "\n".join((Path(__file__).parent / "js" / name).read_text() for name in names)
 
 
 def wish(given: Any) -> dict[str, Any]:

@@ -172,10 +172,11 @@ def curve(fitness: Sequence[float], n_candidates: int, rivals: Mapping[str, floa
     parts = [f"<svg role='img' data-testid='search-curve' data-n='{len(best)}' aria-label='{html.escape(said, True)}' "
              f"viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}' font-size='11' fill='currentColor'>",
              f"<path d='M{LEFT},10V{lowest}H{right}' stroke='currentColor' fill='none' opacity='.5'/>"]
-    for k in range(4):
-        at = low + (high - low) * k / 3
-        value = 10**at if is_log else at
-        parts.append(f"<text x='{LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:.2g}</text>")
+    marks = [low + (high - low) * k / 3 for k in range(4)]
+    values = [10**at if is_log else at for at in marks]
+    digits = next((d for d in range(2, 12) if len({f"{v:.{d}g}" for v in values}) == 4), 12)  # each another text
+    parts += [f"<text x='{LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:.{digits}g}</text>"
+              for value in values]
     parts.append(f"<text x='{(LEFT + right) / 2}' y='{HEIGHT - 6}' text-anchor='middle'>candidates</text>")
     parts += [f"<text x='{x(i)}' y='{lowest + 14}' text-anchor='middle'>{i}</text>" for i in (0, n_candidates)]
     dots = "".join(f"M{x(i + 1):.1f},{y(v):.1f}h.01" for i, v in enumerate(fitness))

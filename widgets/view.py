@@ -1,7 +1,7 @@
 """View: how a family's runs are shown in the explorer. A family's own stands in views/<family>.py.
 
-It says which panes show a run or a step, what is worth computing ahead, and what the numbers are called. A family without
-a view of its own is shown by this base: its pictures, its points, or the series that its runs tell.
+It says which panes show a run or a step, what is worth computing ahead, and what the numbers are called. A family
+without a view of its own is shown by this base: its pictures, its points, or the series that its runs tell.
 """
 
 from __future__ import annotations
@@ -76,13 +76,23 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@dataclass(frozen=True)
+class Page:
+    """A panel that `widgets.app` serves: make() -> the panel."""
+
+    name: str
+    title: str
+    question: str
+    make: Callable[[], Any]
+
+
 class View:
     """The base, for families that are content with it; others override what they show better.
 
     methods: shown by default; all of the family where empty. n_samples: at first. scores: numbers of samples that the
     panel offers to grade with, in batches of `batch`; scored: with how many the shown settings are graded when idle (0:
     as they are). carried: knobs that reference and baseline take over from the settings. named: knobs that titles name
-    whatever their value. script: parts of the front end (files in js/) that bring kinds of panes of its own.
+    whatever their value. pages: what `widgets.app` serves of the family.
     """
 
     methods: ClassVar[tuple[str, ...]] = ()
@@ -93,6 +103,9 @@ class View:
     carried: ClassVar[tuple[str, ...]] = ()
     named: ClassVar[tuple[str, ...]] = ()
     main_metric: ClassVar[str] = ""  # that the frontier opens with
+    has_drift: ClassVar[bool] = False  # whether a run's distance from the reference, sample by sample, means something
+    is_pooled: ClassVar[bool] = False  # whether the frontier takes each setting's largest run, whatever its n
+    pages: ClassVar[tuple[Page, ...]] = ()
     per: ClassVar[str] = ""  # what costs are divided by, in words; by default the family's word for a sample
 
     def __init__(self, panel: Explorer) -> None:
@@ -152,9 +165,23 @@ class View:
         """One step of a run that is being made to be shown, or ahead."""
         self._steps[given.key] = step.info["i"] + 1
 
+    def ended(self, given: Inputs) -> None:
+        """The run of these settings has gone to its end."""
+
     def is_drawable(self, run: Run) -> bool:
         """Whether a run that was remembered can be drawn as it is; otherwise it is made anew."""
         return True
+
+    def is_quick(self, step: Step) -> bool:
+        """Whether a step is drawn without delay."""
+        return True
+
+    def shown(self, given: Inputs, *, is_done: bool) -> None:
+        """A frame of these settings is about to be published."""
+
+    def select(self, item: int) -> None:
+        """One of the items that a pane shows was chosen. Raises ValueError where there is none such."""
+        raise ValueError(f"item={item!r}: nothing is to be chosen here")
 
     def forgets(self, key: str) -> None:
         """A run is forgotten: what was kept of it may go."""
@@ -164,6 +191,11 @@ class View:
         """The panel sleeps: what can be computed again may go."""
 
     # ---- what is drawn
+
+    @property
+    def drawn_problem(self) -> Any:
+        """The problem, with its pictures remembered where that saves time."""
+        return self.problem
 
     def spec(self) -> dict[str, Any]:
         """What the front end is told once, beside methods and metrics."""
@@ -192,7 +224,7 @@ class View:
 
     def costs(self, run: Run, timing: Timing | None) -> list[dict[str, Any]]:
         """The bars of cost, each {name, id, unit, parts: one for each model}, per sample."""
-        n, word = run.inputs.n_samples, self.per or self.family.sample
+        n, word = self.per_run(run), self.per or self.family.sample
         bars = []
         if any(run.cost.evaluations.values()):
             bars = [{"id": name, "name": f"{label} per {word}", "parts": [x / n for x in part.values()]}
@@ -212,11 +244,18 @@ class View:
         known = {"flops": f"FLOPs per {word}", "evaluations": f"evaluations per {word}"} if self.problem.flops else {}
         known |= {name: f"{name.replace('_', ' ')} per {word} ({c.unit})" for name, c in self.problem.counted.items()}
         first = self.family.axis
-        return [[name, known[name]] for name in sorted(known, key=lambda name: name != first)]
+        return [*([name, known[name]] for name in sorted(known, key=lambda name: name != first)),
+                ["ms", f"measured ms per {word}"]]
+
+    def per_run(self, run: Run) -> float:
+        """What a run's costs are divided by: samples."""
+        return run.inputs.n_samples
 
     def spent(self, run: Run) -> dict[str, float]:
-        """A run's amounts for `axes`, per sample."""
-        return {name: run.cost.amount(name) / run.inputs.n_samples for name, _ in self.axes()}
+        """A run's costs for `axes`; "ms" once its time is measured."""
+        n, timing = self.per_run(run), self.panel.timings.get(run.inputs.key)
+        known = {name: run.cost.amount(name) / n for name, _ in self.axes() if name != "ms"}
+        return known | ({"ms": 1e3 * timing.seconds / n} if timing else {})
 
 
 _VIEWS: dict[str, type[View]] = {}
@@ -248,7 +287,7 @@ def view_of(family: str) -> type[View]:
 
 
 def line(label: str, values: Tensor, x: Sequence[float] | None = None, **more: Any) -> dict[str, Any]:
-    """A line of a curve: values (steps,) or (steps, n), of which the mean and one standard error either way is drawn."""
+    """A line of a curve: values (steps,) or (steps, n), drawn as their mean and one standard error either way."""
     rows = values.double() if values.ndim > 1 else values.double()[:, None]
     kept = ~rows.isnan().all(1)
     rows = rows[kept]

@@ -13,6 +13,7 @@ from workbench.cost import Counted, Network, Price
 from workbench.quality.statistics import Drawn, Quality
 
 if TYPE_CHECKING:
+    from workbench.rng import Rng
     from workbench.run import Inputs
 
 SHARING = ("batch", "memo", "none")
@@ -60,9 +61,14 @@ class Problem:
     def cases(self, seed: int, n: int) -> Any:
         """What n samples are asked (labels, prompts, test images, ...), seen by method and judge; None: nothing.
 
-        Sample i's case never depends on n.
+        A sequence or tensor over the samples; sample i's case never depends on n.
         """
         return None
+
+    def cases_of(self, rng: Rng) -> Any:
+        """The cases of a run's samples, which may continue an earlier batch: what methods ask."""
+        cases = self.cases(rng.seed, rng.first + rng.n_samples)
+        return None if cases is None else cases[rng.first :]
 
     def drawn(self, cases: Any, n: int) -> Drawn:
         """How n samples with these cases were drawn, which decides the errors of all figures."""

@@ -29,6 +29,10 @@ def pixels(frame: bytes) -> np.ndarray:
     return np.frombuffer(frame[4 + struct.unpack("<I", frame[:4])[0] :], np.uint8)
 
 
+def shape(frame: bytes) -> list[int]:
+    return header(frame)["panes"][0]["values"]["shape"]
+
+
 def until(condition: object, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -46,7 +50,7 @@ def test_a_value_set_gives_its_run_its_title_and_its_picture() -> None:
     assert e.run.inputs == e.inputs and e.run.knobs["n_steps"] == 10
     assert e.view["shown"]["title"] == header(e.frame)["title"]
     assert "10 steps" in header(e.frame)["title"] and "S 2 + B 8" in header(e.frame)["title"]
-    assert header(e.frame)["shape"] == [16, 8, 8] and (pixels(e.frame) != pixels(first)).any()
+    assert shape(e.frame) == [16, 8, 8] and (pixels(e.frame) != pixels(first)).any()
     assert e.run == replace(workbench.run("t_stitch", e.problem, 0, 16, **e.run.knobs), quality=e.run.quality)
 
 
@@ -305,7 +309,7 @@ def test_samples_that_are_no_pictures_are_sent_as_numbers(dim: int) -> None:
     e = explorer(Toy(dim=dim).problem, n_samples=5)
     e.wait(idle=True)
     body = e.frame[4 + struct.unpack("<I", e.frame[:4])[0] :]
-    assert header(e.frame)["shape"] == [5, dim] and not e.published["spec"]["is_image"]
+    assert shape(e.frame) == [5, dim] and header(e.frame)["panes"][0]["kind"] == "points"
     assert np.allclose(np.frombuffer(body, np.float32).reshape(5, dim), e.run.answer.numpy())
 
 
@@ -320,7 +324,7 @@ def test_everything_published_is_json() -> None:
 def test_headless_runs_at_once_raises_in_the_cell_and_shows_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKBENCH_HEADLESS", "1")
     e = explorer(Toy(fails=True).problem)
-    assert e.run is not None and set(e._repr_mimebundle_()) == {"text/plain"}
+    assert e.run is not None and set(e._repr_mimebundle_()) == {"text/plain", "image/png"}
     with pytest.raises(RuntimeError, match="broke on purpose"):
         e.set(guidance=2.0)
     e.set(guidance=1.0, n_steps=4)

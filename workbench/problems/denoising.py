@@ -516,7 +516,7 @@ def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: f
     keyed by the model's name. Costs (n_models * n_steps) * branches evaluations per sample.
     Source: the similarity that T-Stitch rests on, arXiv 2402.14167, section 3.
     """
-    x, labels = problem.start(rng, points[0]), problem.cases(rng.seed, rng.n_samples)
+    x, labels = problem.start(rng, points[0]), problem.cases_of(rng)
     found: dict[str, list[float]] = {m.name: [] for m in problem.models}
     with torch.no_grad():
         for here, there in pairwise(points):

@@ -47,7 +47,7 @@ def written(problem: Decoding, rng: Rng, n_tokens: int, law: Warp, *, model: Lan
     def ends(row: int, tokens: list[int], n_new: int) -> int | None:
         return next((n + 1 for n in range(len(tokens) - n_new, len(tokens)) if tokens[n] in problem.ends), None)
 
-    going = speculate(model, draft, problem.cases(rng.seed, rng.n_samples), n_tokens, grow, rule,
+    going = speculate(model, draft, problem.cases_of(rng), n_tokens, grow, rule,
                       [rng.uniforms(i) for i in range(rng.n_samples)], law=law, ends=ends,
                       draft_law=replace(law, temperature=1.0) if is_varied and law.temperature == 0 else None)
     for i, blocks in enumerate(going):

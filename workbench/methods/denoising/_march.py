@@ -46,7 +46,7 @@ def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequenc
     state: (n_samples, *shape). info: "i", "model", "x0" (the data estimate), "there" (the point reached).
     """
     x = problem.start(rng, points[0])
-    labels = problem.cases(rng.seed, rng.n_samples)
+    labels = problem.cases_of(rng)
     past: tuple[Evaluated, ...] = ()
 
     def noise() -> Tensor:

@@ -83,7 +83,7 @@ def dpm_solver_adaptive(
     owner, schedule = problem.models[-1 if model == "best" else 0], problem.schedule
     first, cleanest = noisiest(schedule), schedule.at(schedule.cleanest)
     with_signal(schedule, first, "dpm_solver_adaptive")
-    labels, x = problem.cases(rng.seed, rng.n_samples), problem.start(rng, first)
+    labels, x = problem.cases_of(rng), problem.start(rng, first)
     last = CLEAN if final == "zero" else cleanest
     here, h = [first] * len(x), [H_INIT] * len(x)
     before, x0, eps, stale = x, x, x, set(range(len(x)))  # x0 and eps are filled in the first round

@@ -94,7 +94,7 @@ def flow_ode(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, sde: SdeName 
     if SOLVERS[solver]:
         yield from march(scaled, rng, points, [asked] * n_steps, flow_step, guidance=guidance, order=SOLVERS[solver])
         return
-    solve = _Adaptive(asked, path.sde, problem.cases(rng.seed, rng.n_samples), guidance, tolerance)
+    solve = _Adaptive(asked, path.sde, problem.cases_of(rng), guidance, tolerance)
     x = scaled.start(rng, points[0])
     for i, (here, there) in enumerate(pairwise(points)):
         x, x0 = solve(x, here.t, there.t)

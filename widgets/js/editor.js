@@ -197,7 +197,11 @@ function render({ model, el }) {
     if (pending || !queue.length) return;
     const intent = queue.shift();
     pending = intent.id = `${client}-${++serial}`;
-    model.send(intent);
+    if (model.send) model.send(intent);
+    else {
+      model.set("intent", intent);
+      model.save_changes();
+    }
     timer = setTimeout(() => {
       status.textContent = "waiting for Python…";
       acknowledge();

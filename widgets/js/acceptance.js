@@ -52,6 +52,14 @@ function render({ model, el }) {
   root.addEventListener("keydown", (event) => event.stopPropagation()); // JupyterLab would take the arrows away
   el.append(root);
 
+  // Under Panel a wish is a value that the page sets.
+  const send = (wish) => {
+    if (model.send) model.send(wish);
+    else {
+      model.set("intent", wish);
+      model.save_changes();
+    }
+  };
   let rows = {};
   const abort = new AbortController();
   const held = {}; // sliders under the hand: their own place counts, not the kernel's
@@ -73,7 +81,7 @@ function render({ model, el }) {
       input.addEventListener("input", () => {
         place(+input.value);
         held[slider.name] = performance.now();
-        model.send({ knob: slider.name, index: +input.value });
+        send({ knob: slider.name, index: +input.value });
       });
       rows[slider.name] = { slider, place };
       return h("label", { class: "wba-knob", for: id, title: slider.help }, h("span", {}, slider.label, shown), input);
@@ -105,7 +113,7 @@ function render({ model, el }) {
     const svg = samples.querySelector('[data-testid="simplex"]');
     if (!dragged || !svg) return;
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-    model.send({ point: dragged, x: at.x, y: at.y });
+    send({ point: dragged, x: at.x, y: at.y });
   }
   samples.addEventListener("pointerdown", (event) => {
     const point = event.target.closest("[data-drag]");
@@ -122,7 +130,7 @@ function render({ model, el }) {
     event.preventDefault();
     const far = event.shiftKey ? 15 : 3;
     const [dx, dy] = NUDGE[event.key];
-    model.send({ point: point.dataset.drag, x: +point.dataset.x + far * dx, y: +point.dataset.y + far * dy });
+    send({ point: point.dataset.drag, x: +point.dataset.x + far * dx, y: +point.dataset.y + far * dy });
   });
 
   build();

@@ -1,0 +1,89 @@
+// What the hand asks of Python: one wish under way at a time; newer changes of one gesture replace older ones that wait.
+
+const MERGE_MS = 800; // keys pressed faster than this are one step of the history
+
+function connect(model, { restate, waiting, isOnRelease }) {
+  const client = Math.random().toString(36).slice(2, 8);
+  const queue = [];
+  let [pending, serial, timer, held, gesture] = ["", 0, 0, 0, 0];
+  let lastKey = { name: "", time: 0 };
+  let unsent = null; // changes made while the hand holds a slider that updates on release
+  const link = { client, local: structuredClone(model.get("view").state) }; // the settings as the hand has them
+
+  link.ask = (intent) => {
+    const last = queue.at(-1);
+    if (intent.kind === "set" && last?.kind === "set" && last.gesture === intent.gesture) {
+      Object.assign(last.state, intent.state);
+      Object.assign(last.knobs, intent.knobs);
+    } else if (intent.kind === "select" && last?.kind === "select") last.item = intent.item;
+    else queue.push(intent);
+    pump();
+  };
+
+  function pump() {
+    if (pending || !queue.length) return;
+    const intent = queue.shift();
+    pending = intent.id = `${client}-${++serial}`;
+    if (model.send) model.send(intent);
+    else {
+      model.set("intent", intent);
+      model.save_changes();
+    }
+    timer = setTimeout(() => {
+      waiting();
+      acknowledge();
+    }, 5000);
+  }
+
+  function acknowledge() {
+    clearTimeout(timer);
+    pending = "";
+    pump();
+  }
+
+  link.heard = (view) => { if (view.ack === pending) acknowledge(); };
+
+  link.begin = (name) => {
+    const now = Date.now();
+    if (name === undefined || name !== lastKey.name || now - lastKey.time > MERGE_MS) gesture += 1;
+    lastKey = { name, time: now };
+  };
+
+  link.change = (part) => {
+    Object.assign(link.local, part.state);
+    Object.assign(link.local.knobs, part.knobs);
+    restate();
+    if (held && isOnRelease()) unsent = { state: { ...unsent?.state, ...part.state }, knobs: { ...unsent?.knobs, ...part.knobs } };
+    else link.ask({ kind: "set", state: { ...part.state }, knobs: { ...part.knobs }, gesture: `${client}-${gesture}` });
+  };
+
+  link.hold = () => {
+    held += 1;
+    gesture += 1;
+    const release = () => {
+      removeEventListener("pointerup", release, true);
+      removeEventListener("pointercancel", release, true);
+      held -= 1;
+      const part = unsent;
+      unsent = null;
+      if (part) link.change(part);
+      link.settle();
+    };
+    addEventListener("pointerup", release, true);
+    addEventListener("pointercancel", release, true);
+  };
+
+  link.isHeld = () => held > 0;
+  link.isAhead = () => Boolean(held || pending || queue.length || unsent);
+
+  // Python's settings are the hand's again, once nothing is under way.
+  link.settle = () => {
+    if (link.isAhead()) return false;
+    link.local = structuredClone(model.get("view").state);
+    restate(true);
+    return true;
+  };
+
+  link.stop = () => clearTimeout(timer);
+  return link;
+}
