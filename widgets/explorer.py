@@ -807,22 +807,22 @@ class Explorer(Live):
         """Points by metric, of the runs with the number of samples chosen; seeds of one setting are one point."""
         runs = list(self._runs.values())
         chosen = [r for r in runs if r.inputs.n_samples == self._frontier_n]
-        if self.family.is_pooled:
-            largest: dict[str, Run] = {}
-            for run in sorted(runs, key=lambda r: r.inputs.n_samples):
-                largest[replace(run.inputs, n_samples=1).key] = run
-            chosen = list(largest.values())
+        alike: dict[str, list[Run]] = {}  # of one setting and seed, by the number of samples
+        for run in sorted(runs if self.family.is_pooled else chosen, key=lambda r: r.inputs.n_samples):
+            alike.setdefault(replace(run.inputs, n_samples=1).key, []).append(run)
+        keys = {one[-1].inputs.key: [r.inputs.key for r in one] for one in alike.values()}
+        chosen = [one[-1] for one in alike.values()]
         like = replace(self.run.inputs, n_samples=self._frontier_n) if self.run else None
         rivals = {rival.key: name for name in ("reference", "baseline") if like and (rival := self._rival(name, like))}
         metrics: dict[str, list[dict[str, Any]]] = {}
         for metric in sorted({m for r in chosen for m in r.quality}):
             metrics[metric] = [
-                {"keys": [r.inputs.key for r in p.runs], "method": p.runs[0].inputs.method, **self._spent(p.runs),
+                {"keys": [key for r in p.runs for key in keys[r.inputs.key]], "method": p.runs[0].inputs.method, **self._spent(p.runs),
                  "value": p.value, "stderr": finite(p.stderr), "n": p.n,
-                 "role": next((rivals[r.inputs.key] for r in p.runs if r.inputs.key in rivals), "")}
+                 "role": next((rivals[k] for r in p.runs for k in keys[r.inputs.key] if k in rivals), "")}
                 for p in points(chosen, metric) if math.isfinite(p.value)]
         ns = [] if self.family.is_pooled else sorted({r.inputs.n_samples for r in runs} | {self._frontier_n})
-        titles = {r.inputs.key: self.family.title(r.inputs) for r in chosen}
+        titles = {r.inputs.key: self.family.title(r.inputs) for one in alike.values() for r in one}
         return {"n": self._frontier_n, "ns": ns, "metrics": metrics, "titles": titles}
 
     def _spent(self, runs: Sequence[Run]) -> dict[str, float]:
