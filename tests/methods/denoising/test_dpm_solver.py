@@ -199,7 +199,7 @@ def test_polynomial_estimates_are_integrated_exactly(prediction):
             return Evaluated(point, x, d, d)
 
         past = tuple(ask(torch.ones(1), schedule.at(t)) for t in (0.7, 0.85))
-        past = tuple(p._replace(**{prediction: torch.full((1,), value(p.point.log_snr), dtype=torch.float64)})
+        past = tuple(p.changed(**{prediction: torch.full((1,), value(p.point.log_snr), dtype=torch.float64)})
                      for p in past)
         step = Advance(ask, here, there, past, 9, lambda: torch.zeros(1), schedule)
         x = torch.ones(1, dtype=torch.float64)
@@ -327,11 +327,11 @@ def test_thresholding_check_fails_for_broken_twins():
         now = step.denoise(x, point)
         limit = now.x0.abs().quantile(quantile).clamp(min=1)
         x0 = now.x0.clamp(-limit, limit) / limit
-        return now._replace(x0=x0, eps=(x - point.alpha * x0) / point.sigma)
+        return now.changed(x0=x0, eps=(x - point.alpha * x0) / point.sigma)
 
     def clipped(step, x, point, quantile):
         now = step.denoise(x, point)
-        return now._replace(x0=now.x0.clamp(-1, 1), eps=(x - point.alpha * now.x0.clamp(-1, 1)) / point.sigma)
+        return now.changed(x0=now.x0.clamp(-1, 1), eps=(x - point.alpha * now.x0.clamp(-1, 1)) / point.sigma)
 
     for broken in (by_batch, clipped):
         with pytest.raises(AssertionError):

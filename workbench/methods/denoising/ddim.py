@@ -41,7 +41,8 @@ def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Ev
         return torch.add(there.alpha * x0, eps, alpha=there.sigma), now
     kept = here.alpha / there.alpha * there.sigma  # of the noise in x, what x_there had: factors, against cancellation
     fresh = eta * there.sigma / here.sigma * math.sqrt(max((here.sigma - kept) * (here.sigma + kept), 0.0))
-    return there.alpha * x0 + math.sqrt(max(there.sigma**2 - fresh**2, 0.0)) * eps + fresh * step.noise(), now
+    towards = torch.add(there.alpha * x0, eps, alpha=math.sqrt(max(there.sigma**2 - fresh**2, 0.0)))
+    return torch.add(towards, step.noise(), alpha=fresh), now
 
 
 @method(version=2, source="DDIM, arXiv 2010.02502, eq. 12 and 16")

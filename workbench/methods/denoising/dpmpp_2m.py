@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from workbench.method import Step, method
@@ -30,8 +31,8 @@ def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Evaluated]:
     if step.past:
         before = step.past[0]
         r = (here.log_snr - before.point.log_snr) / h
-        towards = x0 + (x0 - before.x0) * (0.5 / r)
-    return (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * towards, now
+        towards = torch.lerp(before.x0, x0, 1 + 0.5 / r)
+    return torch.add((there.sigma / here.sigma) * x, towards, alpha=-there.alpha * math.expm1(-h)), now
 
 
 @method(version=2, source="DPM-Solver++, arXiv 2211.01095, alg. 2")

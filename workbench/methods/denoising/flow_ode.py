@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Advance, Evaluated, march
+from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.methods.denoising.score_sde import End, Path, Sde, SdeName, SigmaMax, sde_path
 from workbench.problems.denoising import Denoiser, Denoising, prior_std
@@ -58,11 +58,11 @@ def flow_step(x: Tensor, step: Advance, *, order: int) -> tuple[Tensor, Evaluate
 
     k1, now = slope(x, step.here.t)
     if order == 1:
-        return x + h * k1, now
-    k2, _ = slope(x + h / 2 * k1, step.here.t + h / 2)
-    k3, _ = slope(x + h / 2 * k2, step.here.t + h / 2)
-    k4, _ = slope(x + h * k3, step.there.t)
-    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), now
+        return torch.add(x, k1, alpha=h), now
+    k2, _ = slope(torch.add(x, k1, alpha=h / 2), step.here.t + h / 2)
+    k3, _ = slope(torch.add(x, k2, alpha=h / 2), step.here.t + h / 2)
+    k4, _ = slope(torch.add(x, k3, alpha=h), step.there.t)
+    return combined(x, (k1, k2, k3, k4), (1.0, h / 6, h / 3, h / 3, h / 6)), now
 
 
 def nfe(n_steps: int, solver: str) -> int:
