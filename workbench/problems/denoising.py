@@ -438,9 +438,9 @@ class Denoiser:
         else:
             raw = self.network(own, told, labels)
         if self.prediction == "v":
-            return _less(_scale([p.alpha for p in points], x) * own, raw, _scale([p.sigma for p in points], x))
+            return mixed(_scale([p.alpha for p in points], x), own, -_scale([p.sigma for p in points], x), raw)
         if self.prediction == "flow":  # x0 = alpha x0 + sigma eps - sigma (eps - x0)
-            return _less(own, raw, _scale([p.sigma for p in points], x))
+            return mixed(1.0, own, -_scale([p.sigma for p in points], x), raw)
         return raw
 
     def _guided(self, x: Tensor, times: Tensor, labels: Tensor, guidance: float) -> Tensor:
@@ -513,7 +513,8 @@ class Denoising:
         Normal with the standard deviation `prior_std` of that level.
         """
         std = prior_std(noisiest(self.schedule) if at is None else at)
-        return std * rng.normal(self.shape, self.dtype, self.device)
+        noise = rng.normal(self.shape, self.dtype, self.device)
+        return noise if std == 1 else std * noise
 
     def branches(self, guidance: float = 1.0) -> int:
         """Network rows per sample and evaluation: 2 under classifier-free guidance, else 1."""
@@ -528,14 +529,19 @@ class Denoising:
         return replace(self, models=tuple(replace(m, network=wrap(m.name, m.network)) for m in self.models))
 
 
+def mixed(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
+    """a x + b y, for tensors alike (B, *shape) and numbers or columns of numbers a and b."""
+    return a * x + b * y if isinstance(b, Tensor) else torch.add(a * x, y, alpha=b)
+
+
 def data_in(x: Tensor, eps: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
     """The data estimate (B, *shape) that goes with the noise estimate eps of x = alpha x0 + sigma eps (B, *shape)."""
-    return _less(x, eps, sigma) / alpha
+    return mixed(1 / alpha, x, -sigma / alpha, eps)
 
 
 def noise_in(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
     """The noise estimate (B, *shape) that goes with the data estimate x0 of x = alpha x0 + sigma eps (B, *shape)."""
-    return _less(x, x0, alpha) / sigma
+    return mixed(1 / sigma, x, -alpha / sigma, x0)
 
 
 def time_rows(points: Iterable[Point], like: Tensor) -> dict[float, Tensor]:
@@ -543,8 +549,9 @@ def time_rows(points: Iterable[Point], like: Tensor) -> dict[float, Tensor]:
     times, found = [p.t for p in points], dict[float, Tensor]()
     for group in ([t for t in times if t == int(t)], [t for t in times if t != int(t)]):
         if group:
-            rows = torch.tensor(group, dtype=_time_type(group, like), device=like.device)[:, None].repeat(1, len(like))
-            found.update(zip(group, rows.unbind(), strict=True))
+            rows = [[t] * like.shape[0] for t in group]
+            made = torch.tensor(rows, dtype=_time_type(group, like), device=like.device)
+            found.update(zip(group, made.unbind(), strict=True))
     return found
 
 
@@ -596,11 +603,6 @@ def _scale(values: Sequence[float], like: Tensor) -> float | Tensor:
 @lru_cache(maxsize=8192)
 def _level(schedule: Schedule, log_snr: float) -> Point:
     return schedule.at(schedule.t_at(log_snr))
-
-
-def _less(x: Tensor, other: Tensor, scale: float | Tensor) -> Tensor:
-    """x - scale * other, in one pass where the scale is one number."""
-    return x - scale * other if isinstance(scale, Tensor) else torch.sub(x, other, alpha=scale)
 
 
 def _times(values: Sequence[float], like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
-from workbench.problems.denoising import Denoising, grid
+from workbench.problems.denoising import Denoising, grid, mixed
 from workbench.rng import Rng
 
 
@@ -32,7 +32,7 @@ def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Evaluated]:
         before = step.past[0]
         r = (here.log_snr - before.point.log_snr) / h
         towards = torch.lerp(before.x0, x0, 1 + 0.5 / r)
-    return torch.add((there.sigma / here.sigma) * x, towards, alpha=-there.alpha * math.expm1(-h)), now
+    return mixed(there.sigma / here.sigma, x, -there.alpha * math.expm1(-h), towards), now
 
 
 @method(version=2, source="DPM-Solver++, arXiv 2211.01095, alg. 2")

@@ -12,7 +12,7 @@ from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
-from workbench.problems.denoising import Denoising, noisiest, power_grid, with_signal
+from workbench.problems.denoising import Denoising, mixed, noisiest, power_grid, with_signal
 from workbench.rng import Rng
 
 
@@ -35,13 +35,13 @@ def edm_step(x: Tensor, step: Advance, *, heun: bool = True, gamma: float = 0.0,
         if raised < math.exp(-top.log_snr):
             top = step.schedule.at(step.schedule.t_at(-math.log(raised)))
         fresh = math.sqrt(max(math.exp(-2 * top.log_snr) - rho**2, 0.0))
-        x = combined(x, (step.noise(),), (top.alpha / here.alpha, top.alpha * fresh * s_noise))
+        x = mixed(top.alpha / here.alpha, x, top.alpha * fresh * s_noise, step.noise())
         here, rho = top, math.exp(-top.log_snr)
     now = step.denoise(x, here)
     if there.sigma == 0:
         return now.x0, now
     scale, length = there.alpha / here.alpha, there.alpha * (math.exp(-there.log_snr) - rho)
-    euler = combined(x, (now.eps,), (scale, length))
+    euler = mixed(scale, x, length, now.eps)
     if not heun:
         return euler, now
     then = step.denoise(euler, there)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Advance, Evaluated, combined, march
+from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.problems.denoising import (
     CLEAN,
@@ -22,6 +22,7 @@ from workbench.problems.denoising import (
     Denoising,
     Point,
     SubVP,
+    mixed,
     noisiest,
 )
 from workbench.rng import Rng
@@ -139,15 +140,15 @@ def pc_step(x: Tensor, step: Advance, *, predictor: str = "reverse_diffusion", n
             if not isinstance(sde, Sde):
                 raise ValueError(f"predictor='euler_maruyama': {type(sde).__name__} is not the schedule of an SDE")
             dt, (drift, squared) = here.t - there.t, sde.rates(here.t)
-            x = combined(x, (now.eps,), (1 - dt * drift, -dt * squared / here.sigma))
+            x = mixed(1 - dt * drift, x, -dt * squared / here.sigma, now.eps)
             fresh = math.sqrt(squared * dt)
         else:
             squared = max(here.sigma**2 - (ratio * there.sigma) ** 2, 0.0)
             fresh = math.sqrt(squared)
             if predictor == "reverse_diffusion":
-                x = combined(x, (now.eps,), (2 - ratio, -squared / here.sigma))
+                x = mixed(2 - ratio, x, -squared / here.sigma, now.eps)
             else:
-                x = combined(x, (now.eps,), (1 / ratio, -squared / here.sigma / ratio))
+                x = mixed(1 / ratio, x, -squared / here.sigma / ratio, now.eps)
                 fresh *= there.sigma / here.sigma if isinstance(sde, ContinuousVE) else 1.0
         if not (is_last and denoise):
             x = torch.add(x, step.noise(), alpha=fresh)
