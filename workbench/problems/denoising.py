@@ -278,10 +278,15 @@ def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") ->
     Raises ValueError where the schedule has fewer levels than steps, and for "log_snr" and "karras" where it starts
     without signal.
     """
+    return list(_grid(schedule, n_steps, spacing, final))
+
+
+@lru_cache(maxsize=256)
+def _grid(schedule: Schedule, n_steps: int, spacing: str, final: str) -> tuple[Point, ...]:
     if spacing in ("karras", "t_quadratic"):
-        return power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
+        return tuple(power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final))
     if final == "zero":
-        return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [CLEAN]
+        return (*map(schedule.at, schedule.times(n_steps, spacing)), CLEAN)
     if spacing in ("linspace", "leading"):  # these end at the cleanest level by themselves
         times = schedule.times(n_steps + 1, spacing)[:-1]
     else:
@@ -289,7 +294,7 @@ def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") ->
     if times[-1] <= schedule.cleanest + 1e-9:
         raise ValueError(f"n_steps={n_steps}: with spacing={spacing!r} the cleanest level comes before the last step, "
                          f"expected fewer steps or final='zero'")
-    return [schedule.at(t) for t in (*times, schedule.cleanest)]
+    return tuple(map(schedule.at, (*times, schedule.cleanest)))
 
 
 def noisiest(schedule: Schedule) -> Point:
@@ -427,7 +432,7 @@ class Denoiser:
                              "flow, or a start at alpha above 0 (spacing='leading', RectifiedFlow(start=0.999))")
         points, own = given, x
         if self.schedule is not on and self.schedule != on:
-            points = [self._at_log_snr_of(p, on) for p in given]
+            points = [self.level(p, on) for p in given]
             own = x * _scale([p.alpha / g.alpha if g.alpha else p.sigma / g.sigma
                               for p, g in zip(points, given, strict=True)], x)
         told = times.get(points[0].t) if times and len(points) == 1 else None
@@ -455,8 +460,13 @@ class Denoiser:
             raw = torch.lerp(raw, raw * spread, self.guidance_rescale)
         return raw
 
-    def _at_log_snr_of(self, point: Point, on: Schedule) -> Point:
-        """The network's own level of the same log-SNR."""
+    def level(self, point: Point, on: Schedule) -> Point:
+        """The level at which the network is asked for `point` of schedule `on`: its own of the same log-SNR.
+
+        Raises ValueError where it has none.
+        """
+        if self.schedule is on or self.schedule == on:
+            return point
         if point.alpha > 0:
             return _level(self.schedule, point.log_snr)
         own = noisiest(self.schedule)
@@ -530,8 +540,9 @@ class Denoising:
 
 
 def mixed(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
-    """a x + b y, for tensors alike (B, *shape) and numbers or columns of numbers a and b."""
-    return a * x + b * y if isinstance(b, Tensor) else torch.add(a * x, y, alpha=b)
+    """a x + b y, for tensors alike (B, *shape) and numbers a and b, or a column (B, 1, ...) of them."""
+    scaled = x if isinstance(a, float) and a == 1 else a * x
+    return torch.addcmul(scaled, b, y) if isinstance(b, Tensor) else torch.add(scaled, y, alpha=b)
 
 
 def data_in(x: Tensor, eps: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
@@ -606,12 +617,11 @@ def _level(schedule: Schedule, log_snr: float) -> Point:
 
 
 def _times(values: Sequence[float], like: Tensor) -> Tensor:
-    """The time of each row of `like`."""
+    """The time of each row of `like`, (B,), of one value or one for each."""
+    dtype = _time_type(values, like)
     if len(values) == 1:
-        dtype = _time_type(values, like)
-        return torch.full((len(like),), int(values[0]) if dtype == torch.int64 else values[0], dtype=dtype,
-                          device=like.device)
-    return torch.tensor(values, dtype=_time_type(values, like), device=like.device)
+        return torch.full(like.shape[:1], values[0], dtype=dtype, device=like.device)
+    return torch.tensor(values, dtype=dtype, device=like.device)
 
 
 def _time_type(values: Sequence[float], like: Tensor) -> torch.dtype:

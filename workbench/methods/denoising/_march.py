@@ -69,7 +69,7 @@ def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequenc
     """
     x = problem.start(rng, points[0])
     schedule, labels = problem.schedule, problem.labels(rng.n_samples)
-    times = time_rows(points, x)
+    times = time_rows((owner.level(point, schedule) for owner, point in zip(owners, points, strict=False)), x)
     past: tuple[Evaluated, ...] = ()
     without_gradients = torch.no_grad()
 
@@ -91,7 +91,7 @@ def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequenc
 
 def combined(x: Tensor, values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     """weights[0] x + weights[1] values[0] + ..., all (B, *shape): what most steps are."""
-    out = weights[0] * x
+    out = x if weights[0] == 1 else weights[0] * x
     for value, weight in zip(values, weights[1:], strict=True):
         if weight:
             out = torch.add(out, value, alpha=weight)

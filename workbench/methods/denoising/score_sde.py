@@ -128,10 +128,10 @@ def pc_step(x: Tensor, step: Advance, *, predictor: str = "reverse_diffusion", n
     last_correction = n_corrections - 1 if predictor == "none" and is_last and denoise else -1
     for i in range(n_corrections):
         now, z = _asked(x, step, condition), step.noise()
-        root = ratio * snr * (_norms(z) / _norms(now.eps) if length == "norms" else 1) * here.sigma
-        x = x - (2 / here.sigma * root**2) * now.eps
+        root = ratio * snr * here.sigma * (_norms(z) / _norms(now.eps) if length == "norms" else 1.0)
+        x = mixed(1.0, x, -2 / here.sigma * root * root, now.eps)
         if i != last_correction:
-            x = x + 2 * root * z
+            x = mixed(1.0, x, 2 * root, z)
         if impose is not None and not (predictor == "none" and i == n_corrections - 1):
             x = impose(x, here, step.noise)
     if predictor != "none":
@@ -245,4 +245,4 @@ def _asked(x: Tensor, step: Advance, condition: Condition | None) -> Evaluated:
 
 def _norms(x: Tensor) -> Tensor:
     """The length of each row of x (B, *shape), as (B, 1, ..)."""
-    return x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1))
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
