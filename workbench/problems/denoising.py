@@ -284,7 +284,7 @@ def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") ->
 @lru_cache(maxsize=256)
 def _grid(schedule: Schedule, n_steps: int, spacing: str, final: str) -> tuple[Point, ...]:
     if spacing in ("karras", "t_quadratic"):
-        return tuple(power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final))
+        return _power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
     if final == "zero":
         return (*map(schedule.at, schedule.times(n_steps, spacing)), CLEAN)
     if spacing in ("linspace", "leading"):  # these end at the cleanest level by themselves
@@ -331,6 +331,11 @@ def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final
     n_steps levels span that range and the clean data (sigma 0) follows. Source: arXiv 2204.13902, appendix H.3.
     Raises ValueError for another phase, and for "rho" and "log_rho" where the schedule starts without signal.
     """
+    return list(_power_grid(schedule, n_steps, phase, power, final))
+
+
+@lru_cache(maxsize=256)
+def _power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final: str) -> tuple[Point, ...]:
     if phase not in PHASES:
         raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
     ends = noisiest(schedule), schedule.at(schedule.cleanest)
@@ -345,8 +350,8 @@ def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final
         a, b = ((p.t if phase == "t" else math.exp(-p.log_snr)) ** (1 / power) for p in ends)
         values = [(a + (b - a) * s) ** power for s in shares]
         inner = values if phase == "t" else [schedule.t_at(-math.log(v)) for v in values]
-    levels = [ends[0], *map(schedule.at, inner), ends[1]][:n_levels]
-    return [*levels, CLEAN] if final == "zero" else levels
+    levels = (ends[0], *map(schedule.at, inner), ends[1])[:n_levels]
+    return (*levels, CLEAN) if final == "zero" else levels
 
 
 def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:

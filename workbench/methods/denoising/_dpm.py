@@ -22,19 +22,18 @@ from workbench.problems.denoising import Point, Schedule, with_signal
 
 
 class Linear(NamedTuple):
-    """A step with the estimate held fixed: decay x - scale expm1(g) D + fresh z, and the weights of differences."""
+    """A step with the estimate held fixed: decay x - scale expm1(g) D + fresh z, and the weights of its derivatives."""
 
     decay: float
     scale: float
     g: float
     fresh: float
 
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """w0, w1, w2 by Taylor expansion: g phi_1, g phi_2, g phi_3 of g."""
-        if self.g == -math.inf:  # from alpha 0, where the estimate is all there is
-            return -1.0, 0.0, 0.0
-        return self.g * phi(1, self.g), self.g * phi(2, self.g), self.g * phi(3, self.g)
+    def weight(self, k: int) -> float:
+        """w0, w1, w2, ... by Taylor expansion: g phi_(k+1)(g)."""
+        if k == 0:  # from alpha 0, where g is minus infinity, the estimate is all there is
+            return math.expm1(self.g)
+        return self.g * phi(k + 1, self.g)
 
 
 def phi(k: int, z: float) -> float:
@@ -95,12 +94,13 @@ def multistep_weights(levels: tuple[Point, ...], there: Point, prediction: str, 
     Its order is len(levels), 1 to 3.
     """
     form = linear(levels[0], there, prediction, stochastic)
-    w0, w1, w2 = form.weights
+    w0 = form.weight(0)
     gaps = [(a.log_snr - b.log_snr) / (there.log_snr - levels[0].log_snr) for a, b in pairwise(levels)]
     slopes: list[float] = []  # weights of the differences of neighbours, over their gaps
     if len(levels) == 2:
-        slopes = [0.5 * w0 if correction == "midpoint" else w1]
+        slopes = [0.5 * w0 if correction == "midpoint" else form.weight(1)]
     elif len(levels) == 3:  # the difference of the slopes over the gaps' sum is half the second derivative
+        w1, w2 = form.weight(1), form.weight(2)
         bend = (w1 * gaps[0] + (w2 if correction == "midpoint" else 2 * w2)) / sum(gaps)
         slopes = [w1 + bend, -bend]
     total = [w0] + [0.0] * len(slopes)
@@ -151,13 +151,14 @@ def combination(here: Point, shares: Sequence[float], there: Point, prediction: 
     shares: of the step in log-SNR at which the stages 1, 2, ... lie; as many as the order less one, 0 to 2.
     """
     form = linear(here, there, prediction)
-    w0, w1, w2 = form.weights
+    w0 = form.weight(0)
     later: tuple[float, ...] = ()
     if len(shares) == 1:
-        later = ((0.5 * w0 if correction == "midpoint" else w1) / shares[0],)
+        later = ((0.5 * w0 if correction == "midpoint" else form.weight(1)) / shares[0],)
     elif len(shares) == 2 and correction == "midpoint":
-        later = (0.0, w1 / shares[1])
+        later = (0.0, form.weight(1) / shares[1])
     elif len(shares) == 2:
+        w1, w2 = form.weight(1), form.weight(2)
         bend = (2 * w2 - w1 * shares[0]) / (shares[1] - shares[0])  # weight of the difference of the two slopes
         later = ((w1 - bend) / shares[0], bend / shares[1])
     return form.decay, *(-form.scale * w for w in (w0 - sum(later), *later))
