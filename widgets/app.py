@@ -101,9 +101,9 @@ def start(known: dict[str, Page]) -> pn.Column:
     """A tile for each page."""
     tiles = "".join(f"<a class='tile' href='?panel={name}'><b>{html.escape(p.title)}</b>{html.escape(p.question)}</a>"
                     for name, p in known.items())
-    text = (f"{LOOK}<main><h1>Sampling Workbench</h1><p>How few steps, how small a model, how many drafts, and what "
-            f"does it cost? Each tile opens a live panel on an embedded model.</p><div class='tiles'>{tiles}</div></main>")
-    return pn.Column(pn.pane.HTML(text, sizing_mode="stretch_width"), sizing_mode="stretch_width")
+    text = (f"{LOOK}<main><h1>Sampling Workbench</h1><p>How few steps, how small a model, how many drafts, and "
+            f"what does it cost? Each tile opens a live panel on an embedded model.</p><div class='tiles'>{tiles}</div>"
+            "</main>")
 
 
 LOOK = """<style>

@@ -817,8 +817,8 @@ class Explorer(Live):
         metrics: dict[str, list[dict[str, Any]]] = {}
         for metric in sorted({m for r in chosen for m in r.quality}):
             metrics[metric] = [
-                {"keys": [key for r in p.runs for key in keys[r.inputs.key]], "method": p.runs[0].inputs.method, **self._spent(p.runs),
-                 "value": p.value, "stderr": finite(p.stderr), "n": p.n,
+                {"keys": [key for r in p.runs for key in keys[r.inputs.key]], "method": p.runs[0].inputs.method,
+                 **self._spent(p.runs), "value": p.value, "stderr": finite(p.stderr), "n": p.n,
                  "role": next((rivals[k] for r in p.runs for k in keys[r.inputs.key] if k in rivals), "")}
                 for p in points(chosen, metric) if math.isfinite(p.value)]
         ns = [] if self.family.is_pooled else sorted({r.inputs.n_samples for r in runs} | {self._frontier_n})

@@ -58,7 +58,7 @@ class Rng:
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal (n_samples, *shape), each row from its sample's own stream; drawn on the CPU."""
         out = torch.empty((self.n_samples, *shape), dtype=dtype)
-        for row, stream in zip(out, self._streams, strict=True):
+        for row, stream in zip(out.unbind(), self._streams, strict=True):
             row.normal_(generator=stream)
         return out.to(device)
 

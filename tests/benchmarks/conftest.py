@@ -25,6 +25,14 @@ def record_seconds() -> Callable[[str, float, float], None]:
     return record
 
 
+@pytest.fixture
+def record_microseconds() -> Callable[[str, float], None]:
+    def record(what: str, seconds: float) -> None:
+        _ROWS.append((what, f"{seconds * 1e6:.1f} us", ""))
+
+    return record
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _ROWS:
         terminalreporter.section("speed")

@@ -71,8 +71,8 @@ def test_sliders_change_the_text_and_its_tree(show: object, page: Page, traffic:
     said = re.compile(r"k_seq: acceptance [\d.]+, mean [\d.]+, in use")
     expect(row).to_have_attribute("aria-label", said, timeout=SOON)
     expect(bars.locator("[data-rule='optimum without']")).to_contain_text(re.compile(r"\d\d"), timeout=SOON)
-    expect(panel.get_by_test_id("seconds")).to_contain_text("its speed", timeout=SOON)
-    expect(panel.get_by_test_id("efficiency")).to_contain_text("over 16 texts", timeout=SOON)
+    expect(panel.get_by_test_id("speed")).to_contain_text("of plain decoding's", timeout=SOON)
+    expect(panel.locator("[data-metric=block_efficiency]")).to_contain_text("n = 16", timeout=SOON)
     assert not is_blank(panel.get_by_test_id("frontier"))
     assert_local(traffic)
 
@@ -148,10 +148,10 @@ def test_every_control_has_a_name_and_nothing_overflows(show: object, page: Page
     assert nameless == []
     panel.get_by_test_id("method").focus()
     reached = []
-    for _ in range(26):
+    for _ in range(32):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.dataset.testid ?? ''"))
-    wanted = ["knob-n_drafts", "field-n_drafts", "knob-rule", "knob-n_tokens", "show-rejected", "samples", "frontier"]
+    wanted = ["knob-n_tokens", "knob-n_drafts", "field-n_drafts", "knob-rule", "show-rejected", "samples", "frontier"]
     assert [name for name in reached if name in wanted] == wanted, reached
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)

@@ -193,7 +193,7 @@ def contrast(element: Locator) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served() -> Iterator[str]:
     """The address of the explorer's own page."""
     with socket.socket() as probe:
@@ -217,9 +217,13 @@ def served() -> Iterator[str]:
 
 
 def test_the_page_of_its_own_works_and_asks_nothing_of_the_network(browser: Browser, served: str) -> None:
+    from widgets.app import pages
+
     page, traffic = browser.new_page(viewport={"width": 1280, "height": 1200}), Traffic()
     traffic.watch(page)
     page.goto(served, timeout=120_000)
+    expect(page.get_by_role("link")).to_have_count(len(pages()), timeout=120_000)
+    page.get_by_role("link", name="Stitching").click()
     panel = page.get_by_test_id("explorer")
     expect(panel.get_by_test_id("title")).to_contain_text("steps", timeout=120_000)
     canvas = panel.get_by_test_id("samples")
@@ -231,3 +235,16 @@ def test_the_page_of_its_own_works_and_asks_nothing_of_the_network(browser: Brow
     assert_local(traffic)
     assert not [url for url in traffic.requests if "127.0.0.1" not in url and not url.startswith(("data:", "blob:"))]
     page.close()
+
+
+def test_every_panel_has_a_page_of_its_own(browser: Browser, served: str) -> None:
+    from widgets.app import pages
+
+    for name in pages():
+        page, traffic = browser.new_page(viewport={"width": 1280, "height": 900}), Traffic()
+        traffic.watch(page)
+        page.goto(f"{served}?panel={name}", timeout=120_000)
+        expect(page.get_by_test_id("title").first).not_to_have_text("", timeout=120_000)
+        expect(page.get_by_role("slider").first).to_be_visible(timeout=SOON)
+        assert_local(traffic)
+        page.close()

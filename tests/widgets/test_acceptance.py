@@ -359,7 +359,9 @@ def test_an_error_is_shown_kept_and_survived():
     panel = LivePanel("t", [Slider("x", "x", (1, 2, 3), 1, "")], paint)
     assert shown(panel)["title"] == "x 1"
     panel.set(x=3)
-    view = shown(panel)
+    with pytest.raises(RuntimeError, match="no such <law>"):
+        panel.wait(30)
+    view = panel.published["view"]
     assert view["error"] == "RuntimeError: no such <law>" and view["title"] == "x 1" and panel.error is not None
     panel.set(x=2)
     assert shown(panel)["error"] == "" and panel.error is None
@@ -368,6 +370,11 @@ def test_an_error_is_shown_kept_and_survived():
     with pytest.raises(ValueError, match="x=9: expected 1 to 3"):
         panel.set(x=9)
     assert panel.values == {"x": 2}
+    sliders = [Slider("x", "x", (1, 2, 3), 1, ""), Slider("y", "y", (1, 2), 1, "")]
+    two = LivePanel("two", sliders, lambda values, is_late: iter(()))
+    with pytest.raises(ValueError, match="y=7: expected 1 to 2"):
+        two.set(x=3, y=7)  # the good value goes with the bad one
+    assert two.values == {"x": 1, "y": 1} and two.sliders["x"].start == 1
 
 
 def test_headless_draws_at_once_and_raises(monkeypatch):

@@ -258,7 +258,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         is_followed = entry + 1 < len(self._entries) and self._entries[entry + 1] == i
         arrived = self._decisions[i - 1] if i else None
         if is_first and arrived is not None and arrived.corrector != "none" and self._past:
-            now = now._replace(x=corrected(now, self._past, arrived))
+            now = now.changed(x=corrected(now, self._past, arrived))
         if is_followed:
             x = now.x
         else:

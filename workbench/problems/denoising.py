@@ -6,9 +6,10 @@ Notation (arXiv 2011.13456, 2206.00927): x_t = alpha_t x_0 + sigma_t eps, log-SN
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -110,9 +111,17 @@ class DiscreteSchedule:
     cleanest = 0.0
 
     @cached_property
-    def _log_snr(self) -> Tensor:
+    def _noise(self) -> list[float]:
+        """Minus the log-SNR of each entry, which rises."""
         bar = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-        return 0.5 * (bar.log() - (-bar).log1p())
+        return (0.5 * ((-bar).log1p() - bar.log())).tolist()
+
+    @cached_property
+    def _hash(self) -> int:  # of a thousand numbers, wanted at every look into what is kept for a schedule
+        return hash(self.alphas_cumprod)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def at(self, t: float) -> Point:
         if t == int(t):
@@ -122,20 +131,18 @@ class DiscreteSchedule:
         if self.alphas_cumprod[low + 1] == 0:
             alpha = (low + 1 - t) * math.sqrt(self.alphas_cumprod[low])
             return Point(t, alpha, math.sqrt(1 - alpha**2))
-        mixed = float(torch.lerp(self._log_snr[low], self._log_snr[low + 1], t - low))
-        return Point(t, *_scales(mixed))
+        a, b = self._noise[low : low + 2]
+        return Point(t, *_scales(-(a + (b - a) * (t - low))))
 
     def t_at(self, log_snr: float) -> float:
-        table = self._log_snr  # falls with t
-        if not float(table[-1]) - 1e-9 <= log_snr <= float(table[0]) + 1e-9:
-            raise ValueError(
-                f"log_snr={log_snr:.4g} is outside this schedule, {float(table[-1]):.4g} to {float(table[0]):.4g}"
-            )
-        high = min(max(int(torch.searchsorted(-table, -log_snr)), 1), len(table) - 1)
+        table = self._noise
+        if not table[0] - 1e-9 <= -log_snr <= table[-1] + 1e-9:
+            raise ValueError(f"log_snr={log_snr:.4g} is outside this schedule, {-table[-1]:.4g} to {-table[0]:.4g}")
+        high = min(max(bisect_left(table, -log_snr), 1), len(table) - 1)
         if self.alphas_cumprod[high] == 0:
             return high - _scales(log_snr)[0] / math.sqrt(self.alphas_cumprod[high - 1])
-        a, b = float(table[high - 1]), float(table[high])
-        return min(max(high - 1 + (a - log_snr) / (a - b), 0.0), len(table) - 1.0)
+        a, b = table[high - 1 : high + 1]
+        return min(max(high - 1 + (-log_snr - a) / (b - a), 0.0), len(table) - 1.0)
 
     def progress(self, t: float) -> float:
         return 1 - (t + 1) / len(self.alphas_cumprod)
@@ -153,7 +160,7 @@ class DiscreteSchedule:
         if spacing == "linspace":
             return np.linspace(0, total - 1, n_steps).round()[::-1].tolist() if n_steps > 1 else [total - 1.0]
         with_signal(self, self.at(total - 1.0), f"spacing={spacing!r}")
-        low, high = float(self._log_snr[-1]), float(self._log_snr[0])
+        low, high = -self._noise[-1], -self._noise[0]
         return [self.t_at(low + (high - low) * i / n_steps) for i in range(n_steps)]
 
 
@@ -288,10 +295,15 @@ def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") ->
     Raises ValueError where the schedule has fewer levels than steps, and for "log_snr" and "karras" where it starts
     without signal.
     """
+    return list(_grid(schedule, n_steps, spacing, final))
+
+
+@lru_cache(maxsize=256)
+def _grid(schedule: Schedule, n_steps: int, spacing: str, final: str) -> tuple[Point, ...]:
     if spacing in ("karras", "t_quadratic"):
-        return power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
+        return _power_grid(schedule, n_steps, *(("rho", 7.0) if spacing == "karras" else ("t", 2.0)), final)
     if final == "zero":
-        return [schedule.at(t) for t in schedule.times(n_steps, spacing)] + [CLEAN]
+        return (*map(schedule.at, schedule.times(n_steps, spacing)), CLEAN)
     if spacing in ("linspace", "leading"):  # these end at the cleanest level by themselves
         times = schedule.times(n_steps + 1, spacing)[:-1]
     else:
@@ -299,7 +311,7 @@ def grid(schedule: Schedule, n_steps: int, spacing: str, final: str = "zero") ->
     if times[-1] <= schedule.cleanest + 1e-9:
         raise ValueError(f"n_steps={n_steps}: with spacing={spacing!r} the cleanest level comes before the last step, "
                          f"expected fewer steps or final='zero'")
-    return [schedule.at(t) for t in (*times, schedule.cleanest)]
+    return tuple(map(schedule.at, (*times, schedule.cleanest)))
 
 
 def noisiest(schedule: Schedule) -> Point:
@@ -336,6 +348,11 @@ def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final
     n_steps levels span that range and the clean data (sigma 0) follows. Source: arXiv 2204.13902, appendix H.3.
     Raises ValueError for another phase, and for "rho" and "log_rho" where the schedule starts without signal.
     """
+    return list(_power_grid(schedule, n_steps, phase, power, final))
+
+
+@lru_cache(maxsize=256)
+def _power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final: str) -> tuple[Point, ...]:
     if phase not in PHASES:
         raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
     ends = noisiest(schedule), schedule.at(schedule.cleanest)
@@ -350,8 +367,8 @@ def power_grid(schedule: Schedule, n_steps: int, phase: str, power: float, final
         a, b = ((p.t if phase == "t" else math.exp(-p.log_snr)) ** (1 / power) for p in ends)
         values = [(a + (b - a) * s) ** power for s in shares]
         inner = values if phase == "t" else [schedule.t_at(-math.log(v)) for v in values]
-    levels = [ends[0], *map(schedule.at, inner), ends[1]][:n_levels]
-    return [*levels, CLEAN] if final == "zero" else levels
+    levels = (ends[0], *map(schedule.at, inner), ends[1])[:n_levels]
+    return (*levels, CLEAN) if final == "zero" else levels
 
 
 def split_steps(fractions: Sequence[float], n_steps: int) -> tuple[int, ...]:
@@ -407,7 +424,21 @@ class Denoiser:
                 ) -> tuple[Tensor, Tensor]:
         """The estimates (x0, eps) of the data and the noise in x (B, *shape) at the point `here` of schedule `on`.
 
-        here: of all rows, or a list with the point of each row.
+        here: of all rows, or a list with the point of each row. Evaluates and raises what `estimate` does.
+        """
+        found = self.estimate(x, here, on, labels, guidance)
+        given = [here] if isinstance(here, Point) else here
+        alpha, sigma = _scale([p.alpha for p in given], x), _scale([p.sigma for p in given], x)
+        if self.prediction == "eps":
+            return data_in(x, found, alpha, sigma), found
+        return found, noise_in(x, found, alpha, sigma)
+
+    def estimate(self, x: Tensor, here: Point | Sequence[Point], on: Schedule, labels: Tensor | None, guidance: float,
+                 times: Mapping[float, Tensor] | None = None) -> Tensor:
+        """The estimate that the network gives by itself: of the noise where it predicts "eps", else of the data.
+
+        Arguments and result as in `predict`; x = alpha x0 + sigma eps gives the other one (`data_in`, `noise_in`).
+        times: those of `time_rows`, for the levels that have been made ready.
 
         A network of another schedule is asked at its own time of equal log-SNR, with x rescaled to its own signal
         scale, so models of different schedules and prediction types are joined and never silently mixed.
@@ -416,43 +447,50 @@ class Denoiser:
         Raises ValueError where there is no null label for guidance, or the point has alpha 0 and the network predicts
         "eps", or is of a schedule that has signal everywhere.
         """
-        given = [here] if isinstance(here, Point) else list(here)
-        if self.prediction == "eps" and any(p.alpha == 0 for p in given):
+        given = [here] if isinstance(here, Point) else here
+        if self.prediction == "eps" and 0 in [p.alpha for p in given]:
             raise ValueError(f"{self.name}: prediction='eps' says nothing about the data where alpha is 0, as "
                              f"{type(on).__name__} has it at full noise: expected a network that predicts x0, v or "
                              "flow, or a start at alpha above 0 (spacing='leading', RectifiedFlow(start=0.999))")
         points, own = given, x
-        if self.schedule != on:
-            points = [self._at_log_snr_of(p, on) for p in given]
+        if self.schedule is not on and self.schedule != on:
+            points = [self.level(p, on) for p in given]
             own = x * _scale([p.alpha / g.alpha if g.alpha else p.sigma / g.sigma
                               for p, g in zip(points, given, strict=True)], x)
-        alpha, sigma = (_scale(values, x) for values in ([p.alpha for p in given], [p.sigma for p in given]))
-        times = _times([p.t for p in points], x)
+        told = times.get(points[0].t) if times and len(points) == 1 else None
+        if told is None:
+            told = _times([p.t for p in points], x)
         if labels is not None and guidance != 1:
-            if self.null_label is None:
-                raise ValueError(f"guidance={guidance}: {self.name} has no null label, only 1 is allowed")
-            twice = torch.cat((own, own))
-            both = torch.cat((torch.full_like(labels, self.null_label), labels))
-            out = self.network(twice, times.repeat(2), both)
-            raw = torch.lerp(out[: len(x)], out[len(x) :], guidance)
-            if self.guidance_rescale:
-                inner = tuple(range(1, raw.ndim))
-                spread = out[len(x) :].std(inner, keepdim=True) / raw.std(inner, keepdim=True)
-                raw = torch.lerp(raw, raw * spread, self.guidance_rescale)
+            raw = self._guided(own, told, labels, guidance)
         else:
-            raw = self.network(own, times, labels)
-        if self.prediction == "eps":
-            return _less(x, raw, sigma) / alpha, raw
+            raw = self.network(own, told, labels)
         if self.prediction == "v":
-            raw = _scale([p.alpha for p in points], x) * own - _scale([p.sigma for p in points], x) * raw
-        elif self.prediction == "flow":  # x0 = alpha x0 + sigma eps - sigma (eps - x0)
-            raw = _less(own, raw, _scale([p.sigma for p in points], x))
-        return raw, _less(x, raw, alpha) / sigma
+            return mixed(_scale([p.alpha for p in points], x), own, -_scale([p.sigma for p in points], x), raw)
+        if self.prediction == "flow":  # x0 = alpha x0 + sigma eps - sigma (eps - x0)
+            return mixed(1.0, own, -_scale([p.sigma for p in points], x), raw)
+        return raw
 
-    def _at_log_snr_of(self, point: Point, on: Schedule) -> Point:
-        """The network's own level of the same log-SNR."""
+    def _guided(self, x: Tensor, times: Tensor, labels: Tensor, guidance: float) -> Tensor:
+        if self.null_label is None:
+            raise ValueError(f"guidance={guidance}: {self.name} has no null label, only 1 is allowed")
+        both = torch.cat((torch.full_like(labels, self.null_label), labels))
+        without, given = self.network(torch.cat((x, x)), times.repeat(2), both).chunk(2)
+        raw = torch.lerp(without, given, guidance)
+        if self.guidance_rescale:
+            inner = tuple(range(1, raw.ndim))
+            spread = given.std(inner, keepdim=True) / raw.std(inner, keepdim=True)
+            raw = torch.lerp(raw, raw * spread, self.guidance_rescale)
+        return raw
+
+    def level(self, point: Point, on: Schedule) -> Point:
+        """The level at which the network is asked for `point` of schedule `on`: its own of the same log-SNR.
+
+        Raises ValueError where it has none.
+        """
+        if self.schedule is on or self.schedule == on:
+            return point
         if point.alpha > 0:
-            return self.schedule.at(self.schedule.t_at(point.log_snr))
+            return _level(self.schedule, point.log_snr)
         own = noisiest(self.schedule)
         if own.alpha > 0:
             raise ValueError(f"{self.name}: asked at alpha 0 of {type(on).__name__}, but its own schedule, "
@@ -494,7 +532,8 @@ class Denoising(Problem):
         Normal with the standard deviation `prior_std` of that level.
         """
         std = prior_std(noisiest(self.schedule) if at is None else at)
-        return std * rng.normal(self.shape, self.dtype, self.device)
+        noise = rng.normal(self.shape, self.dtype, self.device)
+        return noise if std == 1 else std * noise
 
     def branches(self, guidance: float = 1.0) -> int:
         """Network rows per sample and evaluation: 2 under classifier-free guidance, else 1."""
@@ -507,6 +546,33 @@ class Denoising(Problem):
     def wrapped(self, wrap: Callable[[str, Network], Network]) -> Denoising:
         """This problem with each network replaced by wrap(model name, network)."""
         return replace(self, models=tuple(replace(m, network=wrap(m.name, m.network)) for m in self.models))
+
+
+def mixed(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
+    """a x + b y, for tensors alike (B, *shape) and numbers a and b, or a column (B, 1, ...) of them."""
+    scaled = x if isinstance(a, float) and a == 1 else a * x
+    return torch.addcmul(scaled, b, y) if isinstance(b, Tensor) else torch.add(scaled, y, alpha=b)
+
+
+def data_in(x: Tensor, eps: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """The data estimate (B, *shape) that goes with the noise estimate eps of x = alpha x0 + sigma eps (B, *shape)."""
+    return mixed(1 / alpha, x, -sigma / alpha, eps)
+
+
+def noise_in(x: Tensor, x0: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """The noise estimate (B, *shape) that goes with the data estimate x0 of x = alpha x0 + sigma eps (B, *shape)."""
+    return mixed(1 / sigma, x, -alpha / sigma, x0)
+
+
+def time_rows(points: Iterable[Point], like: Tensor) -> dict[float, Tensor]:
+    """{t: the times (B,) that a network is told at that point with states like (B, *shape)}, all made at once."""
+    times, found = [p.t for p in points], dict[float, Tensor]()
+    for group in ([t for t in times if t == int(t)], [t for t in times if t != int(t)]):
+        if group:
+            rows = [[t] * like.shape[0] for t in group]
+            made = torch.tensor(rows, dtype=_time_type(group, like), device=like.device)
+            found.update(zip(group, made.unbind(), strict=True))
+    return found
 
 
 def agreement(problem: Denoising, points: Sequence[Point], rng: Rng, guidance: float = 1.0) -> dict[str, list[float]]:
@@ -554,18 +620,22 @@ def _scale(values: Sequence[float], like: Tensor) -> float | Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _less(x: Tensor, other: Tensor, scale: float | Tensor) -> Tensor:
-    """x - scale * other, in one pass where the scale is one number."""
-    return x - scale * other if isinstance(scale, Tensor) else torch.sub(x, other, alpha=scale)
+@lru_cache(maxsize=8192)
+def _level(schedule: Schedule, log_snr: float) -> Point:
+    return schedule.at(schedule.t_at(log_snr))
 
 
 def _times(values: Sequence[float], like: Tensor) -> Tensor:
-    """The time of each row of `like`: integers where all are a table's entries, as networks expect them."""
-    is_whole = all(t == int(t) for t in values)
-    dtype = torch.int64 if is_whole else like.dtype
+    """The time of each row of `like`, (B,), of one value or one for each."""
+    dtype = _time_type(values, like)
     if len(values) == 1:
-        return torch.full((len(like),), int(values[0]) if is_whole else values[0], dtype=dtype, device=like.device)
+        return torch.full(like.shape[:1], values[0], dtype=dtype, device=like.device)
     return torch.tensor(values, dtype=dtype, device=like.device)
+
+
+def _time_type(values: Sequence[float], like: Tensor) -> torch.dtype:
+    """Integers where all are a table's entries, as networks expect them."""
+    return torch.int64 if all(t == int(t) for t in values) else like.dtype
 
 
 def _told(problem: Any, states: Sequence[Tensor], infos: Sequence[Mapping[str, Any]]) -> None:

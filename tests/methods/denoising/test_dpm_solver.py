@@ -16,7 +16,16 @@ from toys import STARTS, log_snr_points, plane, solve, true_flow
 from workbench import get, run
 from workbench.methods.denoising import _dpm
 from workbench.methods.denoising import dpm_solver as module
-from workbench.methods.denoising._dpm import combination, estimated, linear, multistep_step, phi, singlestep_step
+from workbench.methods.denoising._dpm import (
+    combination,
+    estimated,
+    linear,
+    multistep_step,
+    multistep_weights,
+    phi,
+    singlestep_step,
+    singlestep_weights,
+)
 from workbench.methods.denoising._march import Advance, Evaluated
 from workbench.methods.denoising.ddim import ddim_step
 from workbench.methods.denoising.dpm_solver import packing
@@ -89,7 +98,17 @@ def test_singlestep_parity(monkeypatch, prediction, order, correction, final):
                       correction=correction, scheme="singlestep", final=final, theirs_lower=lower)
 
 
-def test_parity_fails_for_broken_twins(monkeypatch):
+@pytest.fixture
+def no_memo():
+    """For tests that break the coefficients: weights found before and during them are forgotten."""
+    for memo in (multistep_weights, singlestep_weights):
+        memo.cache_clear()
+    yield
+    for memo in (multistep_weights, singlestep_weights):
+        memo.cache_clear()
+
+
+def test_parity_fails_for_broken_twins(monkeypatch, no_memo):
     check = partial(assert_parity, monkeypatch, DPMSolverMultistepScheduler, 12, final="cleanest")
     with monkeypatch.context() as broken, pytest.raises(AssertionError, match="not close"):
         broken.setattr(_dpm, "phi", lambda k, z: phi(k, z) * (1 if k < 3 else 2))
@@ -170,7 +189,7 @@ def test_third_order_multistep_needs_the_whole_second_derivative(prediction):
         assert math.log2(found[-2] / found[-1]) == pytest.approx(order, abs=0.15)
 
 
-def test_order_checks_fail_for_broken_twins(monkeypatch):
+def test_order_checks_fail_for_broken_twins(monkeypatch, no_memo):
     with pytest.raises(AssertionError):
         assert_known_errors_and_order(partial(multistep_step, order=2, correction="taylor", lower_order_final=False),
                                       2, KNOWN[1][-1])
@@ -199,7 +218,7 @@ def test_polynomial_estimates_are_integrated_exactly(prediction):
             return Evaluated(point, x, d, d)
 
         past = tuple(ask(torch.ones(1), schedule.at(t)) for t in (0.7, 0.85))
-        past = tuple(p._replace(**{prediction: torch.full((1,), value(p.point.log_snr), dtype=torch.float64)})
+        past = tuple(p.changed(**{prediction: torch.full((1,), value(p.point.log_snr), dtype=torch.float64)})
                      for p in past)
         step = Advance(ask, here, there, past, 9, lambda: torch.zeros(1), schedule)
         x = torch.ones(1, dtype=torch.float64)
@@ -284,7 +303,7 @@ def test_a_point_mass_keeps_its_mean_and_variance():
     assert off[0] < 0.1 and off[0] / off[1] == pytest.approx(2, abs=0.3)  # exact in the limit
 
 
-def test_point_mass_check_fails_for_a_broken_twin(monkeypatch):
+def test_point_mass_check_fails_for_a_broken_twin(monkeypatch, no_memo):
     monkeypatch.setattr(_dpm, "linear", lambda *a: (form := linear(*a))._replace(fresh=form.fresh * 0.99))
     assert moments(log_snr_points(4), "x0") != pytest.approx((1, 1), abs=1e-3)
 
@@ -327,11 +346,11 @@ def test_thresholding_check_fails_for_broken_twins():
         now = step.denoise(x, point)
         limit = now.x0.abs().quantile(quantile).clamp(min=1)
         x0 = now.x0.clamp(-limit, limit) / limit
-        return now._replace(x0=x0, eps=(x - point.alpha * x0) / point.sigma)
+        return now.changed(x0=x0, eps=(x - point.alpha * x0) / point.sigma)
 
     def clipped(step, x, point, quantile):
         now = step.denoise(x, point)
-        return now._replace(x0=now.x0.clamp(-1, 1), eps=(x - point.alpha * now.x0.clamp(-1, 1)) / point.sigma)
+        return now.changed(x0=now.x0.clamp(-1, 1), eps=(x - point.alpha * now.x0.clamp(-1, 1)) / point.sigma)
 
     for broken in (by_batch, clipped):
         with pytest.raises(AssertionError):

@@ -299,19 +299,17 @@ def test_mixing_check_fails_for_a_mislabelled_prediction():
 class NoRescale(Denoiser):
     """Broken twin: asks a model of another schedule at the time of equal log-SNR, but with x of the wrong scale."""
 
-    def predict(self, x, here, on, labels, guidance):
+    def estimate(self, x, here, on, labels, guidance, times=None):
         point = self.schedule.at(self.schedule.t_at(here.log_snr))
-        raw = self.network(x, torch.full((len(x),), point.t, dtype=x.dtype), labels)
-        return (x - here.sigma * raw) / here.alpha, raw
+        return self.network(x, torch.full((len(x),), point.t, dtype=x.dtype), labels)
 
 
 class SameIndex(Denoiser):
     """Broken twin: asks a model of another schedule at the same share of its own time."""
 
-    def predict(self, x, here, on, labels, guidance):
+    def estimate(self, x, here, on, labels, guidance, times=None):
         t = (1 - on.progress(here.t)) * 999
-        raw = self.network(x, torch.full((len(x),), t, dtype=x.dtype), labels)
-        return (x - here.sigma * raw) / here.alpha, raw
+        return self.network(x, torch.full((len(x),), t, dtype=x.dtype), labels)
 
 
 def not_vp(x_scale: float):

@@ -17,7 +17,7 @@ from workbench.methods.denoising import unipc as module
 from workbench.methods.denoising._dpm import multistep_step, phi
 from workbench.methods.denoising._march import Advance, Evaluated
 from workbench.methods.denoising.ddim import ddim_step
-from workbench.methods.denoising.unipc import coefficients, unipc_step
+from workbench.methods.denoising.unipc import coefficients, unipc_step, weights
 from workbench.problems.denoising import DiscreteSchedule, grid
 from workbench.problems.mixtures import two_modes
 from workbench.rng import Rng
@@ -57,16 +57,25 @@ def test_parity_on_other_networks_and_grids(monkeypatch, network):
                       lower_order_final=True)
 
 
-def test_parity_fails_for_broken_twins(monkeypatch):
+@pytest.fixture
+def no_memo():
+    """For tests that break the coefficients: weights found before and during them are forgotten."""
+    weights.cache_clear()
+    yield
+    weights.cache_clear()
+
+
+def test_parity_fails_for_broken_twins(monkeypatch, no_memo):
     check = partial(assert_parity, monkeypatch, 12, final="cleanest", prediction="x0", order=3, lower_order_final=True)
     with monkeypatch.context() as broken, pytest.raises(AssertionError, match="not close"):
         broken.setattr(module, "phi", lambda k, z: phi(k, z) * (1 if k < 3 else 1.01))
-        coefficients.cache_clear()
+        weights.cache_clear()
         check(variant="bh2")
-    coefficients.cache_clear()
+    weights.cache_clear()
     with monkeypatch.context() as broken, pytest.raises(AssertionError, match="not close"):
         broken.setattr(module, "coefficients", lambda r, g, variant: coefficients(r, g, "bh1"))
         check(variant="bh2")
+    weights.cache_clear()
 
     def again(x, step, **knobs):  # evaluates the corrected state anew
         _, now = unipc_step(x, step, **knobs)
@@ -122,7 +131,7 @@ def test_third_order_and_its_corrector(prediction):
         assert_order(seeded_errors(step, 3, (640, 1280) if corrector else (320, 640)), 3 + corrector)
 
 
-def test_order_check_fails_for_a_broken_twin(monkeypatch):
+def test_order_check_fails_for_a_broken_twin(monkeypatch, no_memo):
     monkeypatch.setattr(module, "coefficients", lambda *a: tuple(1.05 * c for c in coefficients(*a)))
     with pytest.raises(AssertionError):
         assert_order(errors(partial(unipc_step, lower_order_final=False)), 3)

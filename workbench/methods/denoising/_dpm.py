@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workbench.methods.denoising._march import Advance, Evaluated
+from workbench.methods.denoising._march import Advance, Evaluated, combined
 from workbench.problems.denoising import Point, Schedule, with_signal
 
 
 class Linear(NamedTuple):
-    """A step with the estimate held fixed: decay x - scale expm1(g) D + fresh z, and the weights of differences."""
+    """A step with the estimate held fixed: decay x - scale expm1(g) D + fresh z, and the weights of its derivatives."""
 
     decay: float
     scale: float
     g: float
     fresh: float
 
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """w0, w1, w2 by Taylor expansion: g phi_1, g phi_2, g phi_3 of g."""
-        if self.g == -math.inf:  # from alpha 0, where the estimate is all there is
-            return -1.0, 0.0, 0.0
-        return self.g * phi(1, self.g), self.g * phi(2, self.g), self.g * phi(3, self.g)
+    def weight(self, k: int) -> float:
+        """w0, w1, w2, ... by Taylor expansion: g phi_(k+1)(g)."""
+        if k == 0:  # from alpha 0, where g is minus infinity, the estimate is all there is
+            return math.expm1(self.g)
+        return self.g * phi(k + 1, self.g)
 
 
 def phi(k: int, z: float) -> float:
@@ -79,24 +79,35 @@ def multistep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str 
     now = estimated(step, x, step.here, quantile)
     if step.there.sigma == 0:
         return now.x0, now
-    here, there = step.here, step.there
     past = [p for p in step.past if p.point.alpha > 0]
-    order = min(order, len(past) + 1, step.n_left if lower_order_final else order)
-    form = linear(here, there, prediction, stochastic)
-    w0, w1, w2 = form.weights
-    levels = [here.log_snr, *(p.point.log_snr for p in past[: order - 1])]
-    gaps = [(a - b) / (there.log_snr - here.log_snr) for a, b in pairwise(levels)]
-    values = [getattr(p, prediction) for p in (now, *past[: order - 1])]
-    slopes = [(a - b) / gap for a, b, gap in zip(values[:-1], values[1:], gaps, strict=True)]
-    total = w0 * values[0]
-    if order == 2:
-        total = total + (0.5 * w0 if correction == "midpoint" else w1) * slopes[0]
-    elif order == 3:
-        bend = (slopes[0] - slopes[1]) / (gaps[0] + gaps[1])
-        # bend is half the second derivative
-        total = total + w1 * (slopes[0] + gaps[0] * bend) + (w2 if correction == "midpoint" else 2 * w2) * bend
-    out = form.decay * x - form.scale * total
-    return (out + form.fresh * step.noise() if stochastic else out), now
+    known = (now, *past[: min(order, step.n_left if lower_order_final else order) - 1])
+    weights, fresh = multistep_weights(tuple(e.point for e in known), step.there, prediction, correction, stochastic)
+    out = combined(x, [getattr(e, prediction) for e in known], weights)
+    return (torch.add(out, step.noise(), alpha=fresh) if stochastic else out), now
+
+
+@lru_cache(maxsize=8192)
+def multistep_weights(levels: tuple[Point, ...], there: Point, prediction: str, correction: str, stochastic: bool
+                      ) -> tuple[tuple[float, ...], float]:
+    """(c, c_0, ...) and f of an update x_there = c x_here + sum_j c_j D_j + f z with D_j at levels[j], newest first.
+
+    Its order is len(levels), 1 to 3.
+    """
+    form = linear(levels[0], there, prediction, stochastic)
+    w0 = form.weight(0)
+    gaps = [(a.log_snr - b.log_snr) / (there.log_snr - levels[0].log_snr) for a, b in pairwise(levels)]
+    slopes: list[float] = []  # weights of the differences of neighbours, over their gaps
+    if len(levels) == 2:
+        slopes = [0.5 * w0 if correction == "midpoint" else form.weight(1)]
+    elif len(levels) == 3:  # the difference of the slopes over the gaps' sum is half the second derivative
+        w1, w2 = form.weight(1), form.weight(2)
+        bend = (w1 * gaps[0] + (w2 if correction == "midpoint" else 2 * w2)) / sum(gaps)
+        slopes = [w1 + bend, -bend]
+    total = [w0] + [0.0] * len(slopes)
+    for j, (slope, gap) in enumerate(zip(slopes, gaps, strict=True)):
+        total[j] += slope / gap
+        total[j + 1] -= slope / gap
+    return (form.decay, *(-form.scale * w for w in total)), form.fresh
 
 
 def singlestep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str = "x0", correction: str = "midpoint",
@@ -114,17 +125,23 @@ def singlestep_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str
     here, there = step.here, step.there
     if there.sigma == 0:
         return now.x0, now
-    inner = stages(step.schedule, here, there, order) if between is None else between[here]
+    inner = stages(step.schedule, here, there, order) if between is None else tuple(between[here])
+    *before, last = singlestep_weights(here, inner, there, prediction, correction)
     values: list[Tensor] = [getattr(now, prediction)]
-    spans: list[float] = []
-    for level in inner:
-        span = level.log_snr - here.log_snr
-        weights = combination(here, [s / span for s in spans], level, prediction, "taylor")
+    for level, weights in zip(inner, before, strict=True):
         values.append(getattr(estimated(step, combined(x, values, weights), level, quantile), prediction))
-        spans.append(span)
-    span = there.log_snr - here.log_snr
-    weights = combination(here, [s / span for s in spans], there, prediction, correction)
-    return combined(x, values, weights), now
+    return combined(x, values, last), now
+
+
+@lru_cache(maxsize=8192)
+def singlestep_weights(here: Point, inner: tuple[Point, ...], there: Point, prediction: str, correction: str
+                       ) -> tuple[tuple[float, ...], ...]:
+    """The `combination` that leads to each of the stages `inner`, and at last that of the whole step."""
+    levels = (*inner, there)
+    spans = [level.log_snr - here.log_snr for level in levels]
+    return tuple(combination(here, [s / span for s in spans[:j]], level, prediction,
+                             "taylor" if j < len(inner) else correction)
+                 for j, (level, span) in enumerate(zip(levels, spans, strict=True)))
 
 
 def combination(here: Point, shares: Sequence[float], there: Point, prediction: str, correction: str
@@ -134,24 +151,17 @@ def combination(here: Point, shares: Sequence[float], there: Point, prediction: 
     shares: of the step in log-SNR at which the stages 1, 2, ... lie; as many as the order less one, 0 to 2.
     """
     form = linear(here, there, prediction)
-    w0, w1, w2 = form.weights
+    w0 = form.weight(0)
     later: tuple[float, ...] = ()
     if len(shares) == 1:
-        later = ((0.5 * w0 if correction == "midpoint" else w1) / shares[0],)
+        later = ((0.5 * w0 if correction == "midpoint" else form.weight(1)) / shares[0],)
     elif len(shares) == 2 and correction == "midpoint":
-        later = (0.0, w1 / shares[1])
+        later = (0.0, form.weight(1) / shares[1])
     elif len(shares) == 2:
+        w1, w2 = form.weight(1), form.weight(2)
         bend = (2 * w2 - w1 * shares[0]) / (shares[1] - shares[0])  # weight of the difference of the two slopes
         later = ((w1 - bend) / shares[0], bend / shares[1])
     return form.decay, *(-form.scale * w for w in (w0 - sum(later), *later))
-
-
-def combined(x: Tensor, values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
-    """The state x (B, *shape) and the estimates, weighted."""
-    out = weights[0] * x
-    for value, weight in zip(values, weights[1:], strict=True):
-        out = out + weight * value
-    return out
 
 
 def stages(schedule: Schedule, here: Point, there: Point, order: int) -> tuple[Point, ...]:
@@ -172,4 +182,4 @@ def estimated(step: Advance, x: Tensor, point: Point, quantile: float | None) ->
     limit = torch.quantile(now.x0.flatten(1).abs(), quantile, dim=1).clamp(min=1)
     limit = limit.reshape(-1, *[1] * (x.ndim - 1))
     x0 = now.x0.clamp(-limit, limit) / limit
-    return now._replace(x0=x0, eps=(x - point.alpha * x0) / point.sigma)
+    return Evaluated(point, x, x0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
-from workbench.problems.denoising import SPACINGS, Denoising, grid
+from workbench.problems.denoising import SPACINGS, Denoising, grid, mixed
 from workbench.rng import Rng
 
 Steps = Annotated[int, Knob(low=1, high=1000, soft=(1, 50), step=1, unit="steps", small=4,
@@ -38,10 +38,11 @@ def ddim_step(x: Tensor, step: Advance, *, eta: float = 0.0) -> tuple[Tensor, Ev
     if there.sigma == 0:
         return x0, now
     if eta == 0:
-        return torch.add(there.alpha * x0, eps, alpha=there.sigma), now
+        return mixed(there.alpha, x0, there.sigma, eps), now
     kept = here.alpha / there.alpha * there.sigma  # of the noise in x, what x_there had: factors, against cancellation
     fresh = eta * there.sigma / here.sigma * math.sqrt(max((here.sigma - kept) * (here.sigma + kept), 0.0))
-    return there.alpha * x0 + math.sqrt(max(there.sigma**2 - fresh**2, 0.0)) * eps + fresh * step.noise(), now
+    towards = mixed(there.alpha, x0, math.sqrt(max(there.sigma**2 - fresh**2, 0.0)), eps)
+    return torch.add(towards, step.noise(), alpha=fresh), now
 
 
 @method(version=2, source="DDIM, arXiv 2010.02502, eq. 12 and 16",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Advance, Evaluated, march
+from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.problems.denoising import FINALS, PHASES, Denoising, Point, Schedule, noisiest, power_grid, with_signal
 from workbench.rng import Rng
@@ -90,30 +90,29 @@ def deis_step(x: Tensor, step: Advance, *, variant: str = "tab", degree: int = 3
         return _runge_kutta(x, now, step, ("euler", two_stage, "kutta3", "rk4")[degree]), now
     past = step.past[:degree]
     found = coefficients(step.schedule, variant, here, there, tuple(e.point for e in past))
-    ahead = (there.alpha / here.alpha) * x
-    for weight, known in zip(found, (now, *past), strict=True):
-        ahead = ahead + weight * known.eps
-    return ahead, now
+    return combined(x, [e.eps for e in (now, *past)], (there.alpha / here.alpha, *found)), now
 
 
 def _runge_kutta(x: Tensor, now: Evaluated, step: Advance, name: str) -> Tensor:
-    here, there = step.here, step.there
-    start, end = (math.exp(-p.log_snr) for p in (here, there))
-    rows, weights = RUNGE_KUTTA[name]
-
-    def moved(to: Point, row: tuple[float, ...]) -> Tensor:
-        ahead = (to.alpha / here.alpha) * x
-        for weight, slope in zip(row, slopes, strict=True):
-            if weight:
-                ahead = ahead + (to.alpha * (end - start) * weight) * slope
-        return ahead
-
+    *stages, (_, last) = runge_kutta_weights(step.schedule, step.here, step.there, name)
     slopes = [now.eps]
-    for row in rows[1:]:
-        node = sum(row)
-        to = there if node == 1 else step.schedule.at(step.schedule.t_at(-math.log(start + node * (end - start))))
-        slopes.append(step.denoise(moved(to, row), to).eps)
-    return moved(there, weights)
+    for level, weights in stages:
+        slopes.append(step.denoise(combined(x, slopes, weights), level).eps)
+    return combined(x, slopes, last)
+
+
+@lru_cache(maxsize=8192)
+def runge_kutta_weights(schedule: Schedule, here: Point, there: Point, name: str
+                        ) -> tuple[tuple[Point, tuple[float, ...]], ...]:
+    """The level of each later stage and, last, of the step's end, with the weights of x_here and of the noise estimates
+    so far that lead to it; of the method of that name in RUNGE_KUTTA, in rho."""
+    start, end = (math.exp(-p.log_snr) for p in (here, there))
+    rows, last = RUNGE_KUTTA[name]
+    found = []
+    for row, node in (*((row, sum(row)) for row in rows[1:]), (last, 1.0)):
+        to = there if node == 1 else schedule.at(schedule.t_at(-math.log(start + node * (end - start))))
+        found.append((to, (to.alpha / here.alpha, *(to.alpha * (end - start) * weight for weight in row))))
+    return tuple(found)
 
 
 @method(version=2, source="DEIS, arXiv 2204.13902, sec. 3 and app. H.3",

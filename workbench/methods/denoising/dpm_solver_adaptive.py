@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._dpm import combination, combined, stages
+from workbench.methods.denoising._dpm import combination, stages
 from workbench.methods.denoising.ddim import Guidance, Which
 from workbench.methods.denoising.dpm_solver import Estimate, Final
 from workbench.problems.denoising import CLEAN, Denoising, Point, Schedule, noisiest, with_signal
@@ -32,7 +32,11 @@ def carried(x: Tensor, values: Sequence[Tensor], here: Sequence[Point], there: S
     """`combination` row by row: x (B, *shape) and the stages' estimates `values`, from here[k] to there[k]."""
     rows = [combination(a, shares, b, prediction, correction) for a, b in zip(here, there, strict=True)]
     table = torch.tensor(rows, dtype=x.dtype, device=x.device).reshape(len(rows), -1, *[1] * (x.ndim - 1))
-    return combined(x, values, table.unbind(1))
+    decay, *weights = table.unbind(1)
+    out = decay * x
+    for value, weight in zip(values, weights, strict=True):
+        out = torch.addcmul(out, weight, value)
+    return out
 
 
 def attempt(x: Tensor, start: Tensor, here: Sequence[Point], there: Sequence[Point], schedule: Schedule,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
-from workbench.problems.denoising import Denoising, grid
+from workbench.problems.denoising import Denoising, grid, mixed
 from workbench.rng import Rng
 
 
@@ -30,8 +31,8 @@ def dpmpp_2m_step(x: Tensor, step: Advance) -> tuple[Tensor, Evaluated]:
     if step.past:
         before = step.past[0]
         r = (here.log_snr - before.point.log_snr) / h
-        towards = x0 + (x0 - before.x0) * (0.5 / r)
-    return (there.sigma / here.sigma) * x - (there.alpha * math.expm1(-h)) * towards, now
+        towards = torch.lerp(before.x0, x0, 1 + 0.5 / r)
+    return mixed(there.sigma / here.sigma, x, -there.alpha * math.expm1(-h), towards), now
 
 
 @method(version=2, source="DPM-Solver++, arXiv 2211.01095, alg. 2",

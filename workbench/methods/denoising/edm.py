@@ -10,9 +10,9 @@ from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Advance, Evaluated, march
+from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
-from workbench.problems.denoising import Denoising, noisiest, power_grid, with_signal
+from workbench.problems.denoising import Denoising, mixed, noisiest, power_grid, with_signal
 from workbench.rng import Rng
 
 
@@ -35,17 +35,17 @@ def edm_step(x: Tensor, step: Advance, *, heun: bool = True, gamma: float = 0.0,
         if raised < math.exp(-top.log_snr):
             top = step.schedule.at(step.schedule.t_at(-math.log(raised)))
         fresh = math.sqrt(max(math.exp(-2 * top.log_snr) - rho**2, 0.0))
-        x = (top.alpha / here.alpha) * x + (top.alpha * fresh * s_noise) * step.noise()
+        x = mixed(top.alpha / here.alpha, x, top.alpha * fresh * s_noise, step.noise())
         here, rho = top, math.exp(-top.log_snr)
     now = step.denoise(x, here)
     if there.sigma == 0:
         return now.x0, now
-    ahead = (there.alpha / here.alpha) * x
-    length = there.alpha * (math.exp(-there.log_snr) - rho)
+    scale, length = there.alpha / here.alpha, there.alpha * (math.exp(-there.log_snr) - rho)
+    euler = mixed(scale, x, length, now.eps)
     if not heun:
-        return ahead + length * now.eps, now
-    then = step.denoise(ahead + length * now.eps, there)
-    return ahead + (length / 2) * (now.eps + then.eps), now
+        return euler, now
+    then = step.denoise(euler, there)
+    return combined(x, (now.eps, then.eps), (scale, length / 2, length / 2)), now
 
 
 @method(version=2, source="EDM, arXiv 2206.00364, alg. 2 and eq. 5",

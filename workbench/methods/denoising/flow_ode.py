@@ -14,10 +14,10 @@ from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.denoising._march import Advance, Evaluated, march
+from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.methods.denoising.score_sde import End, Path, Sde, SdeName, SigmaMax, sde_path
-from workbench.problems.denoising import Denoiser, Denoising, prior_std
+from workbench.problems.denoising import Denoiser, Denoising, Point, mixed, prior_std
 from workbench.rng import Rng, of_samples
 
 SOLVERS = {"euler": 1, "rk4": 4, "rk45": 0}  # evaluations per step; adaptive ones have none of their own
@@ -50,19 +50,22 @@ def flow_step(x: Tensor, step: Advance, *, order: int) -> tuple[Tensor, Evaluate
     sde = step.schedule
     if not isinstance(sde, Sde):
         raise ValueError(f"flow_step: {type(sde).__name__} is not the schedule of an SDE")
-    h = step.there.t - step.here.t
+    here, there = step.here, step.there
+    h = there.t - here.t
 
-    def slope(y: Tensor, t: float) -> tuple[Tensor, Evaluated]:
-        now = step.denoise(y, sde.at(t))
-        return _drift(sde, t, y, now.eps), now
+    def slope(y: Tensor, at: Point) -> tuple[Tensor, Evaluated]:
+        now = step.denoise(y, at)
+        f, g = _rates(sde, at)
+        return mixed(f, y, g, now.eps), now
 
-    k1, now = slope(x, step.here.t)
+    k1, now = slope(x, here)
     if order == 1:
-        return x + h * k1, now
-    k2, _ = slope(x + h / 2 * k1, step.here.t + h / 2)
-    k3, _ = slope(x + h / 2 * k2, step.here.t + h / 2)
-    k4, _ = slope(x + h * k3, step.there.t)
-    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), now
+        return mixed(1.0, x, h, k1), now
+    middle = sde.at(here.t + h / 2)
+    k2, _ = slope(mixed(1.0, x, h / 2, k1), middle)
+    k3, _ = slope(mixed(1.0, x, h / 2, k2), middle)
+    k4, _ = slope(mixed(1.0, x, h, k3), there)
+    return combined(x, (k1, k2, k3, k4), (1.0, h / 6, h / 3, h / 3, h / 6)), now
 
 
 def nfe(n_steps: int, solver: str) -> int:
@@ -276,5 +279,11 @@ class _Adaptive:
 
 def _drift(sde: Sde, t: float, x: Any, eps: Any) -> Any:
     """The flow's dx/dt = f x + g^2 / (2 sigma) eps, linear in (x, eps) and so in their divergences too."""
-    f, squared = sde.rates(t)
-    return f * x + squared / (2 * sde.at(t).sigma) * eps
+    f, g = _rates(sde, sde.at(t))
+    return f * x + g * eps
+
+
+def _rates(sde: Sde, at: Point) -> tuple[float, float]:
+    """The flow's f and g^2 / (2 sigma) at a level."""
+    f, squared = sde.rates(at.t)
+    return f, squared / (2 * at.sigma)

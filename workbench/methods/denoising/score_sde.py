@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from workbench.knob import Knob
@@ -21,6 +22,7 @@ from workbench.problems.denoising import (
     Denoising,
     Point,
     SubVP,
+    mixed,
     noisiest,
 )
 from workbench.rng import Rng
@@ -125,29 +127,31 @@ def pc_step(x: Tensor, step: Advance, *, predictor: str = "reverse_diffusion", n
     ratio = here.alpha / there.alpha
     last_correction = n_corrections - 1 if predictor == "none" and is_last and denoise else -1
     for i in range(n_corrections):
-        now, score = _score(x, step, condition)
-        z = step.noise()
-        root = ratio * snr * (_norms(z) / _norms(score) if length == "norms" else here.sigma)
-        x = x + 2 * root**2 * score + (0 if i == last_correction else 2 * root * z)
+        now, z = _asked(x, step, condition), step.noise()
+        root = ratio * snr * here.sigma * (_norms(z) / _norms(now.eps) if length == "norms" else 1.0)
+        x = mixed(1.0, x, -2 / here.sigma * root * root, now.eps)
+        if i != last_correction:
+            x = mixed(1.0, x, 2 * root, z)
         if impose is not None and not (predictor == "none" and i == n_corrections - 1):
             x = impose(x, here, step.noise)
     if predictor != "none":
-        now, score = _score(x, step, condition)
+        now = _asked(x, step, condition)
         if predictor == "euler_maruyama":
             if not isinstance(sde, Sde):
                 raise ValueError(f"predictor='euler_maruyama': {type(sde).__name__} is not the schedule of an SDE")
             dt, (drift, squared) = here.t - there.t, sde.rates(here.t)
-            x, fresh = x - dt * (drift * x - squared * score), math.sqrt(squared * dt)
+            x = mixed(1 - dt * drift, x, -dt * squared / here.sigma, now.eps)
+            fresh = math.sqrt(squared * dt)
         else:
             squared = max(here.sigma**2 - (ratio * there.sigma) ** 2, 0.0)
             fresh = math.sqrt(squared)
             if predictor == "reverse_diffusion":
-                x = (2 - ratio) * x + squared * score
+                x = mixed(2 - ratio, x, -squared / here.sigma, now.eps)
             else:
-                x = (x + squared * score) / ratio
+                x = mixed(1 / ratio, x, -squared / here.sigma / ratio, now.eps)
                 fresh *= there.sigma / here.sigma if isinstance(sde, ContinuousVE) else 1.0
         if not (is_last and denoise):
-            x = x + fresh * step.noise()
+            x = torch.add(x, step.noise(), alpha=fresh)
     return x if impose is None else impose(x, there, step.noise), now
 
 
@@ -232,15 +236,14 @@ class _Begun(Denoising):
         return self.begin(rng)
 
 
-def _score(x: Tensor, step: Advance, condition: Condition | None) -> tuple[Evaluated, Tensor]:
-    """The evaluation of x at step.here and the score there, both under the condition."""
-    now, here = step.denoise(x, step.here), step.here
+def _asked(x: Tensor, step: Advance, condition: Condition | None) -> Evaluated:
+    """The evaluation of x at step.here under the condition; its score is -eps / sigma."""
+    now = step.denoise(x, step.here)
     if condition is None or condition.gradient is None:
-        return now, now.eps / -here.sigma
-    score = condition.gradient(x, here) - now.eps / here.sigma
-    return now._replace(x0=(x + here.sigma**2 * score) / here.alpha, eps=-here.sigma * score), score
+        return now
+    return Evaluated(step.here, x, eps=now.eps - step.here.sigma * condition.gradient(x, step.here))
 
 
 def _norms(x: Tensor) -> Tensor:
     """The length of each row of x (B, *shape), as (B, 1, ..)."""
-    return x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1))
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

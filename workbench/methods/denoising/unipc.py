@@ -13,14 +13,13 @@ from torch import Tensor
 from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._dpm import linear, phi
-from workbench.methods.denoising._march import Advance, Evaluated, march
+from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.methods.denoising.dpm_solver import Estimate, Final
 from workbench.problems.denoising import Denoising, Point, grid, with_signal
 from workbench.rng import Rng
 
 
-@lru_cache(maxsize=8192)
 def coefficients(offsets: tuple[float, ...], g: float, variant: str) -> tuple[float, ...]:
     """B(g) a_m for the distances r_m of other estimates from the step's start, in steps of log-SNR.
 
@@ -38,22 +37,24 @@ def coefficients(offsets: tuple[float, ...], g: float, variant: str) -> tuple[fl
     return tuple(np.linalg.solve(np.array(rows), np.array(wanted)).tolist())
 
 
+@lru_cache(maxsize=8192)
+def weights(levels: tuple[Point, ...], there: Point, prediction: str, variant: str) -> tuple[float, ...]:
+    """c, c_0, ... of the step c x + sum_j c_j D_j from x at levels[0] to `there`, with estimates D_j at all levels."""
+    start = levels[0]
+    form, h = linear(start, there, prediction), there.log_snr - start.log_snr
+    offsets = tuple((level.log_snr - start.log_snr) / h for level in levels[1:])
+    slopes = [a / r for a, r in zip(coefficients(offsets, form.g, variant), offsets, strict=True)] if offsets else []
+    return form.decay, *(-form.scale * w for w in (math.expm1(form.g) - sum(slopes), *slopes))
+
+
 def advanced(x: Tensor, known: Sequence[Evaluated], there: Point, prediction: str, variant: str) -> Tensor:
     """x (B, *shape) carried from known[0].point to `there`, with the estimates of all of `known`.
 
     Predicts where they are former ones, corrects where the one at `there` is among them. Order len(known), and one
     more if it corrects.
     """
-    start = known[0].point
-    form = linear(start, there, prediction)
-    h = there.log_snr - start.log_snr
-    base = getattr(known[0], prediction)
-    offsets = tuple((k.point.log_snr - start.log_snr) / h for k in known[1:])
-    total = math.expm1(form.g) * base
-    if offsets:
-        for a, r, k in zip(coefficients(offsets, form.g, variant), offsets, known[1:], strict=True):
-            total = total + (a / r) * (getattr(k, prediction) - base)
-    return form.decay * x - form.scale * total
+    found = weights(tuple(k.point for k in known), there, prediction, variant)
+    return combined(x, [getattr(k, prediction) for k in known], found)
 
 
 def unipc_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str = "x0", variant: str = "bh2",
@@ -76,7 +77,7 @@ def unipc_step(x: Tensor, step: Advance, *, order: int = 2, prediction: str = "x
     if corrector and past:
         used = min(order, len(past), step.n_left + 1 if lower_order_final else order)
         known = (*past[:used], now)
-        now = now._replace(x=advanced(past[0].x, known, step.here, prediction, variant))
+        now = now.changed(x=advanced(past[0].x, known, step.here, prediction, variant))
     used = min(order, len(past) + 1, step.n_left if lower_order_final else order)
     return advanced(now.x, (now, *past[: used - 1]), step.there, prediction, variant), now
 

@@ -8,13 +8,12 @@ from functools import lru_cache
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._dpm import phi
-from workbench.methods.denoising._march import Advance, Evaluated, march
+from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.plan import CORRECTORS, PRESETS, Decision, Expansion, Plan, preset_plan
 from workbench.problems.denoising import Denoising, Point, grid
@@ -115,7 +114,7 @@ def usf_step(x: Tensor, step: Advance, *, decision: Decision, arrived: Decision 
     if arrived is not None and arrived.corrector != "none" and step.past:
         better = corrected(now, step.past, arrived)
         # a pseudo corrector keeps the value of the model at the uncorrected state
-        now = step.denoise(better, step.here) if arrived.corrector == "implicit" else now._replace(x=better)
+        now = step.denoise(better, step.here) if arrived.corrector == "implicit" else now.changed(x=better)
     return predicted((now, *step.past), step.there, decision), now
 
 
@@ -165,8 +164,5 @@ def usf(
 
 
 def _combined(history: Sequence[Evaluated], start: int, found: Weights) -> Tensor:
-    out = found.state * history[start].x
-    for evaluated, weight in zip(history, found.values, strict=True):
-        if weight:
-            out = torch.add(out, evaluated.x0 if found.prediction == "x0" else evaluated.eps, alpha=weight)
-    return out
+    values = [e.x0 if found.prediction == "x0" else e.eps for e in history]
+    return combined(history[start].x, values, (found.state, *found.values))
