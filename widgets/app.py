@@ -104,6 +104,7 @@ def start(known: dict[str, Page]) -> pn.Column:
     text = (f"{LOOK}<main><h1>Sampling Workbench</h1><p>How few steps, how small a model, how many drafts, and "
             f"what does it cost? Each tile opens a live panel on an embedded model.</p><div class='tiles'>{tiles}</div>"
             "</main>")
+    return pn.Column(pn.pane.HTML(text, sizing_mode="stretch_width"), sizing_mode="stretch_width")
 
 
 LOOK = """<style>

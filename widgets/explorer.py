@@ -488,7 +488,7 @@ class Explorer(Live):
               ) -> Run:
         """The run of these settings; the family's view sees each step."""
         def walked(step: Step, cost: Cost) -> None:
-            self.family.saw(wanted, step)
+            self.family.saw(wanted, step, cost)
             on_step(step, cost)
 
         self.family.begins(wanted)
@@ -582,6 +582,9 @@ class Explorer(Live):
             run = self._keep(run)
             self._frontier_is_old = True
         if wanted == self._rival("reference", self.inputs):
+            if self.family.shows_reference and self.run is not None and self._is_shown:
+                self._drawable.pop(self.run.inputs.key, None)
+                self._publish("frame", self._frame(self.run))
             self._publish_view()
         return run
 
@@ -681,7 +684,7 @@ class Explorer(Live):
         self._remember(run)
         is_reference = self._rival("reference", run.inputs) == run.inputs
         for other in list(self._runs.values()) if is_reference else [self._runs[key]]:
-            reference = self._reference(other.inputs)
+            reference = self.reference(other.inputs)
             if reference is not None and self.family.has_drift and "drift" not in other.quality:
                 graded = compared(other, reference, self.family.drawn_problem)
                 self._runs[other.inputs.key] = graded
@@ -718,7 +721,7 @@ class Explorer(Live):
                 self._notice = f"the problem's {name}: {told(error)}"
             return None
 
-    def _reference(self, like: Inputs) -> Run | None:
+    def reference(self, like: Inputs) -> Run | None:
         """The reference for settings, where it is known."""
         rival = self._rival("reference", like)
         return None if rival is None else self._runs.get(rival.key)
@@ -778,7 +781,7 @@ class Explorer(Live):
         return {
             "key": i.key, "title": self.family.title(i), "full": run.title, "method": i.method,
             "knobs": dict(i.knobs), "n": n, "costs": self.family.costs(run, timing),
-            "lines": self.family.lines(run, self._reference(i)),
+            "lines": self.family.lines(run, self.reference(i)),
             "quality": {k: [finite(q.value), finite(q.stderr), q.n] for k, q in quality.items()},
             "timing": timing and {
                 "ms": 1e3 * timing.seconds, "spread": 1e3 * timing.spread, "repeats": timing.repeats,
@@ -789,7 +792,7 @@ class Explorer(Live):
     def _view(self) -> dict[str, Any]:
         """All that changes, but for pictures and the frontier's points."""
         i, score = self.inputs, self._score
-        reference = self._reference(self.run.inputs) if self.run else None
+        reference = self.reference(self.run.inputs) if self.run else None
         return {
             "ack": self._ack, "is_stale": not self._is_shown, "status": self._status, "notice": self._notice,
             "error": "" if self._error is None else f"{type(self._error).__name__}: {self._error}",

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench import FAMILIES, METHODS, Inputs, Run, Step, Timing
+from workbench import FAMILIES, METHODS, Cost, Inputs, Run, Step, Timing
 from workbench.method import tensors_of
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class View:
     scored: ClassVar[int] = 0
     carried: ClassVar[tuple[str, ...]] = ()
     named: ClassVar[tuple[str, ...]] = ()
+    shows_reference: ClassVar[bool] = False  # whether panes show it beside: drawn anew once it is known
     main_metric: ClassVar[str] = ""  # that the frontier opens with
     has_drift: ClassVar[bool] = False  # whether a run's distance from the reference, sample by sample, means something
     is_pooled: ClassVar[bool] = False  # whether the frontier takes each setting's largest run, whatever its n
@@ -161,7 +162,7 @@ class View:
     def begins(self, given: Inputs) -> None:
         """A run of these settings is about to start."""
 
-    def saw(self, given: Inputs, step: Step) -> None:
+    def saw(self, given: Inputs, step: Step, cost: Cost) -> None:
         """One step of a run that is being made to be shown, or ahead."""
         self._steps[given.key] = step.info["i"] + 1
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import widgets
 from widgets.view import Page, Pane, Stop, View, measured, shows
-from workbench import METHODS, Inputs, Run, Step, Timing
+from workbench import METHODS, Cost, Inputs, Run, Step, Timing
 from workbench.problems.language import docs
 from workbench.speculation.acceptance import optimal
 from workbench.speculation.drafting import draw
@@ -164,7 +164,7 @@ class DecodingView(View):
     def begins(self, given: Inputs) -> None:
         self._growing = given.key, Trace()
 
-    def saw(self, given: Inputs, step: Step) -> None:
+    def saw(self, given: Inputs, step: Step, cost: Cost) -> None:
         key, trace = self._growing
         block = step.info["blocks"].get(0)  # none once the first text has ended before others
         if block is not None and key == given.key:

@@ -15,7 +15,7 @@ from torch import Tensor
 import widgets
 import workbench
 from widgets.view import Page, Pane, Stop, View, shows
-from workbench import METHODS, Cancelled, Inputs, Memo, Run, Step, Timing
+from workbench import METHODS, Cancelled, Cost, Inputs, Memo, Run, Step, Timing
 from workbench.cost import Network
 from workbench.methods.denoising.t_stitch import full_fractions, progress, step_counts
 from workbench.problems.denoising import grid
@@ -118,7 +118,7 @@ class DenoisingView(View):
     def begins(self, given: Inputs) -> None:
         self._along: list[float] = []
 
-    def saw(self, given: Inputs, step: Step) -> None:
+    def saw(self, given: Inputs, step: Step, cost: Cost) -> None:
         self._along.append(step.info["there"].log_snr)
 
     def ended(self, given: Inputs) -> None:
