@@ -36,6 +36,7 @@ register_metric(Metric(
 
 Parameters = dict[str, Tensor]  # the weights of n replicates: {name: (n, *shape)}
 OF = ("weights", "inputs", "norms", "last_norms")  # what `Learner.gradient` can give
+_ROWS = 1024  # of a test set at a time
 _BLOCK = 2**24  # numbers held at a time while gradients are taken example by example
 _UNFIT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -45,7 +46,8 @@ class Learner:
 
     factory() makes the module, with initial weights from torch's global generator, which is left as it was.
     The module maps (b, *shape) to logits (b, n_classes), each row by itself. Raises ValueError where it holds batch
-    normalisation or dropout: the first ties the rows of a batch together, the second draws from the global generator.
+    normalisation or dropout (the first ties the rows of a batch together, the second draws from the global generator),
+    or no weights.
     """
 
     def __init__(self, factory: Callable[[], nn.Module]) -> None:
@@ -54,9 +56,12 @@ class Learner:
         unfit = sorted({type(m).__name__ for m in self.module.modules()
                         if isinstance(m, _UNFIT) and getattr(m, "p", 1) != 0})
         if unfit:
-            raise ValueError(f"the learner holds {', '.join(unfit)}: expected a module whose rows do not depend on each "
-                             "other or on chance, such as one with group or layer normalisation and without dropout")
-        *_, last = [name for name, m in self.module.named_modules() if list(m.parameters(recurse=False))]
+            raise ValueError(f"the learner holds {', '.join(unfit)}: expected a module whose rows do not depend on "
+                             "each other or on chance, such as one with group normalisation and without dropout")
+        weighty = [name for name, m in self.module.named_modules() if list(m.parameters(recurse=False))]
+        if not weighty:
+            raise ValueError("the learner has no weights: expected a module that can be trained")
+        last = weighty[-1]
         self.last = [f"{last}.{name}" if last else name
                      for name, _ in self.module.get_submodule(last).named_parameters(recurse=False)]
 
@@ -190,7 +195,8 @@ class Learning(Problem):
     def assess(self, parameters: Parameters) -> Tensor:
         """Logits (n, T, n_classes) on the test set. Judging, not learning: it is not metered."""
         n = len(next(iter(parameters.values())))
-        return self.learner.forward(self.test.to(self.dtype).expand(n, *self.test.shape), parameters)
+        return torch.cat([self.learner.forward(part.to(self.dtype).expand(n, *part.shape), parameters)
+                          for part in self.test.split(_ROWS)], 1)
 
     def graded(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy (n,) and mean cross-entropy (n,) of logits (n, T, n_classes) on the test set."""
@@ -222,29 +228,29 @@ def auc(scores: Tensor, positive: Tensor) -> Tensor:
 def _learning(name: str, factory: Callable[[], nn.Module], pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
               classes: Sequence[str], *, flipped: Tensor | None = None, source: str = "", **more: Any) -> Learning:
     learner = Learner(factory)
-    wrong = torch.zeros(len(pool[1]), dtype=torch.bool) if flipped is None else flipped
-    device = pool[0].device
-    test_labels = test[1].to(device)
+    wrong = torch.zeros_like(pool[1], dtype=torch.bool) if flipped is None else flipped.to(pool[1].device)
+    device, test_labels = pool[0].device, test[1]
 
     def judge(answer: Mapping[str, Tensor], cases: None) -> dict[str, Quality]:
         accuracy, loss = graded(answer["logits"].double(), test_labels)
         drawn = Drawn(len(accuracy))
         figures = {"test_accuracy": drawn.mean(accuracy), "test_loss": drawn.mean(loss)}
         if "scores" in answer and 0 < int(wrong.sum()) < len(wrong):
-            figures["noise_auc"] = drawn.mean(auc(answer["scores"], wrong.to(device)))
+            figures["noise_auc"] = drawn.mean(auc(answer["scores"], wrong))
         return figures
 
     learner.module.to(device)
+    row = pool[0][:1].to(next(learner.module.parameters()).dtype)
     with torch.no_grad():
-        shape = learner.module(pool[0][:1].to(next(learner.module.parameters()).dtype)).shape
+        shape = learner.module(row).shape
     if tuple(shape) != (1, len(classes)):
         raise ValueError(f"the learner maps one example to {tuple(shape)}: expected (1, {len(classes)}), a logit for "
                          "each class")
-    f = flops_per_row(learner.module, pool[0][:1].to(next(learner.module.parameters()).dtype))
+    f = flops_per_row(learner.module, row)
     return Learning(
-        name=name, digest=digest_of_values(name, learner.module, *pool, *test), judge=judge, source=source,
+        name=name, digest=digest_of_values(name, learner.module, *pool, *test, wrong), judge=judge, source=source,
         learner=learner, forward=learner.forward, gradient=learner.gradient, pool=pool[0], labels=pool[1],
-        flipped=wrong.to(device), test=test[0].to(device), test_labels=test_labels, classes=tuple(classes),
+        flipped=wrong, test=test[0], test_labels=test_labels, classes=tuple(classes),
         flops={"forward": f, "gradient": 3 * f}, device=str(device),
         **{"dtype": pool[0].dtype, "reference": ("rs2", {"keep": 1.0}), "baseline": ("rs2", {"variant": "static"}),
            **more})
@@ -266,9 +272,9 @@ def gaussians(n_pool: int = 400, n_dims: int = 2, distance: float = 2.0, label_n
     regression. In float64. Raises ValueError for a pool or a test set below 2, no dimension, a negative distance, or
     label_noise outside 0 to .5.
     """
-    for key, value, low, high in (("n_pool", n_pool, 2, 10**6), ("n_test", n_test, 2, 10**6), ("n_dims", n_dims, 1, 1000),
-                                  ("distance", distance, 0, 100), ("label_noise", label_noise, 0, 0.5),
-                                  ("n_hidden", n_hidden, 0, 10**4)):
+    for key, value, low, high in (("n_pool", n_pool, 2, 10**6), ("n_test", n_test, 2, 10**6),
+                                  ("n_dims", n_dims, 1, 1000), ("distance", distance, 0, 100),
+                                  ("label_noise", label_noise, 0, 0.5), ("n_hidden", n_hidden, 0, 10**4)):
         _check(key, value, low, high)
     source = torch.Generator().manual_seed(seed)
 
@@ -348,19 +354,19 @@ def from_torch(pool: Dataset | tuple[Tensor, Tensor], test: Dataset | tuple[Tens
     for what, given in (("pool", pool), ("test", test)):
         x, y = given if isinstance(given, tuple) else _read(given)
         if len(x) != len(y) or len(x) < 2 or y.ndim != 1 or y.is_floating_point() or int(y.min()) < 0:
-            raise ValueError(f"{what}: inputs {tuple(x.shape)}, labels {tuple(y.shape)} of {y.dtype}: expected at least "
-                             "two examples (N, *shape) and (N,) whole numbers from 0")
+            raise ValueError(f"{what}: inputs {tuple(x.shape)}, labels {tuple(y.shape)} of {y.dtype}: expected at "
+                             "least two examples (N, *shape) and (N,) whole numbers from 0")
         if not x.is_floating_point():
             raise ValueError(f"{what}: inputs of {x.dtype}: expected floating point numbers")
-        made.append((x.detach().to(device), y.long().to(device)))
+        made.append((x.detach().to(device, copy=True), y.to(device, torch.int64, copy=True)))
     highest = max(int(y.max()) for _, y in made)
     names = [str(k) for k in range(highest + 1)] if classes is None else list(classes)
     if len(names) <= highest:
         raise ValueError(f"{len(names)} classes: expected at least {highest + 1}, as the labels go up to {highest}")
     if flipped is not None and (flipped.shape != made[0][1].shape or flipped.dtype != torch.bool):
-        raise ValueError(f"flipped of shape {tuple(flipped.shape)} and {flipped.dtype}: expected ({len(made[0][1])},) of "
-                         "torch.bool")
-    return _learning(name, factory, *made, names, flipped=flipped, preset=dict(preset or {}),
+        raise ValueError(f"flipped of shape {tuple(flipped.shape)} and {flipped.dtype}: expected "
+                         f"({len(made[0][1])},) of torch.bool")
+    return _learning(name, factory, made[0], made[1], names, flipped=flipped, preset=dict(preset or {}),
                      dtype=made[0][0].dtype if dtype is None else dtype)
 
 

@@ -106,10 +106,12 @@ def scoring(problem: Learning, streams: Sequence[Generator], n_epochs: int, lear
                      n_epochs * math.ceil(n_pool / batch_size), learning_rate, batch_size, inputs=inputs)
 
 
-def over_pool(problem: Learning, n: int, look: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """look(x (n, m, *shape), y (n, m)) -> (n, m, ...), over the whole pool in its order: (n, N, ...)."""
+def over_pool(problem: Learning, parameters: Parameters, look: Callable[[Tensor, Tensor, Parameters], Tensor]
+              ) -> Tensor:
+    """look(x (n, m, *shape), y (n, m), parameters) -> (n, m, ...), over the whole pool in its order: (n, N, ...)."""
+    n = len(next(iter(parameters.values())))
     everything = torch.arange(len(problem.pool), device=problem.device).expand(n, -1)
-    return torch.cat([look(*problem.rows(part)) for part in everything.split(_ROWS, 1)], 1)
+    return torch.cat([look(*problem.rows(part), parameters) for part in everything.split(_ROWS, 1)], 1)
 
 
 def training(problem: Learning, rng: Rng, parameters: Parameters, sources: Sequence[Generator], *, keep: float,

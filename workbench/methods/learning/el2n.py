@@ -54,8 +54,7 @@ def el2n(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest",
     start, total = problem.start(streams(rng)), torch.zeros((), dtype=problem.dtype, device=problem.device)
     for seed in range(n_seeds):
         *_, last = scoring(problem, streams(rng), score_epochs, learning_rate, batch_size)
-        total = total + over_pool(problem, rng.n_samples, lambda x, y, w=last.parameters: error_norm(
-            problem.forward(x, w), y))
+        total = total + over_pool(problem, last.parameters, lambda x, y, w: error_norm(problem.forward(x, w), y))
         yield scored(seed, total / (seed + 1))
     yield from train_on_kept(problem, rng, start, total / n_seeds, n_seeds, keep=keep, end=end, drop=drop,
                              n_epochs=n_epochs, learning_rate=learning_rate, batch_size=batch_size, schedule=schedule)

@@ -54,8 +54,8 @@ def pvi(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", 
     *_, last = scoring(problem, streams(rng), score_epochs, learning_rate, batch_size)
     nothing, _ = problem.rows(torch.zeros((rng.n_samples, 1), dtype=torch.int64, device=problem.device))
     null_logits = problem.forward(torch.zeros_like(nothing), null.parameters)
-    scores = -over_pool(problem, rng.n_samples, lambda x, y: pointwise_information(
-        problem.forward(x, last.parameters), null_logits, y))
+    scores = -over_pool(problem, last.parameters, lambda x, y, w: pointwise_information(
+        problem.forward(x, w), null_logits, y))
     yield scored(0, scores)
     yield from train_on_kept(problem, rng, start, scores, 1, keep=keep, end=end, drop=drop, n_epochs=n_epochs,
                              learning_rate=learning_rate, batch_size=batch_size, schedule=schedule)

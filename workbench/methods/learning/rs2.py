@@ -7,7 +7,16 @@ from typing import Annotated
 
 from workbench.knob import Knob
 from workbench.method import Step, method
-from workbench.methods.learning._training import Batch, Epochs, Keep, Rate, Schedule, n_kept, streams, training
+from workbench.methods.learning._training import (
+    Batch,
+    Epochs,
+    Keep,
+    Rate,
+    Schedule,
+    n_kept,  # noqa: F401 (in the cost formula)
+    streams,
+    training,
+)
 from workbench.problems.learning import Learning
 from workbench.rng import Rng
 

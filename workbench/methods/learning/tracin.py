@@ -48,8 +48,8 @@ def tracin(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest
     """
     start, scores = problem.start(streams(rng)), torch.zeros((), dtype=problem.dtype, device=problem.device)
     for k, epoch in enumerate(scoring(problem, streams(rng), score_epochs, learning_rate, batch_size)):
-        scores = scores + epoch.rate * over_pool(problem, rng.n_samples, lambda x, y, w=epoch.parameters:
-                                                 problem.gradient(x, y, w, LAYERS[layers])[0])
+        scores = scores + epoch.rate * over_pool(problem, epoch.parameters, lambda x, y, w: problem.gradient(
+            x, y, w, LAYERS[layers])[0])
         yield scored(k, scores)
     yield from train_on_kept(problem, rng, start, scores, score_epochs, keep=keep, end=end, drop=drop,
                              n_epochs=n_epochs, learning_rate=learning_rate, batch_size=batch_size, schedule=schedule)

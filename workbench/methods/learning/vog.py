@@ -63,8 +63,7 @@ def vog(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", 
     """
     start, seen = problem.start(streams(rng)), []
     for k, epoch in enumerate(scoring(problem, streams(rng), score_epochs, learning_rate, batch_size)):
-        seen.append(over_pool(problem, rng.n_samples, lambda x, y, w=epoch.parameters: problem.gradient(
-            x, y, w, "inputs")[0]))
+        seen.append(over_pool(problem, epoch.parameters, lambda x, y, w: problem.gradient(x, y, w, "inputs")[0]))
         scores = within_classes(variance_of_gradients(torch.stack(seen)), problem.labels)
         yield scored(k, scores)
     yield from train_on_kept(problem, rng, start, scores, score_epochs, keep=keep, end=end, drop=drop,
