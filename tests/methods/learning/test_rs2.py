@@ -18,7 +18,8 @@ SCORED = ("el2n", "vog", "tracin", "forgetting", "pvi")
 
 
 def streams(n: int, seed: int = 0) -> list[torch.Generator]:
-    return [Rng(seed, n).stream(i) for i in range(n)]
+    rng = Rng(seed, n)
+    return [rng.stream(i) for i in range(n)]
 
 
 def seen(variant: str, n_pool: int, k: int, n_epochs: int, n: int) -> torch.Tensor:
@@ -122,6 +123,17 @@ def test_all_of_the_pool_is_full_training_whatever_the_method():
             assert torch.equal(made["logits"], full["logits"]), (name, end)
             assert torch.equal(made["taken"], full["taken"])
     assert not torch.equal(run("rs2", problem, 2, 2, keep=1.0, n_epochs=2).answer["logits"], full["logits"])
+
+
+def test_without_replacement_is_a_short_training_on_all():
+    """Bit by bit, where batches divide a part: 20 epochs of a tenth are 2 epochs of the pool. Parts that are drawn
+    anew each epoch are not."""
+    problem = digits(200)
+    short = run("rs2", problem, 1, 2, keep=1.0, n_epochs=2, batch_size=10).answer
+    knobs = {"keep": 0.1, "n_epochs": 20, "batch_size": 10}
+    without, anew = (run("rs2", problem, 1, 2, variant=v, **knobs).answer for v in ("without", "with"))
+    assert torch.equal(without["logits"], short["logits"]) and torch.equal(without["taken"], short["taken"])
+    assert not torch.equal(anew["logits"], short["logits"])
 
 
 def test_a_random_end_is_the_static_subset():

@@ -189,7 +189,8 @@ def test_pvi_of_a_learner_that_reads_nothing_is_nothing():
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 def streams(n):
-    return [Rng(0, n).stream(i) for i in range(n)]
+    rng = Rng(0, n)
+    return [rng.stream(i) for i in range(n)]
 
 
 def test_ends_are_ends():
