@@ -1,0 +1,1 @@
+"""Methods that choose which examples of a pool to learn from."""
