@@ -65,6 +65,7 @@ function render({ model, el }) {
       if (!kept[pane.name]) {
         const made = kept[pane.name] = PANES[pane.kind](spec, { ...context, isPinned });
         if (made.canvas) {
+          made.canvas.classList.toggle("wb-small", Boolean(pane.small));
           made.canvas.dataset.testid = isPinned ? "pinned" : pane.name;
           if (isPinned) made.canvas.setAttribute("aria-label", "samples of the pinned run");
         }

@@ -21,6 +21,7 @@ KEPT = 100  # runs of which the hard and easy examples are kept
 class LearningView(View):
     """Learning curves of this run and of the full data, and what was selected by score."""
 
+    methods = ("rs2", "el2n", "tracin", "forgetting", "vog", "pvi")
     n_samples = 8
     batch = 8
     scores = (32, 128)
@@ -65,7 +66,8 @@ class LearningView(View):
                     colour=colour)
 
     def _curve(self, lines: Sequence[Mapping[str, Any]]) -> Pane:
-        return curve("accuracy", lines, x="examples processed, selection counted", y="test accuracy", better="up")
+        return curve("accuracy", lines, x="examples processed, selection counted", y="test accuracy", better="up",
+                     log_x=True)
 
     def _examples(self, told: Mapping[str, Any]) -> list[Pane]:
         """The first replicate's hardest and easiest examples, or what its last epoch learned from."""
@@ -73,7 +75,7 @@ class LearningView(View):
             return []
         chosen = [("hardest", told["hardest"]), ("easiest", told["easiest"])] if "hardest" in told else [
             ("learned from", told["subset"][:16])] if "subset" in told else []
-        return [Pane(name.replace(" ", "_"), "pictures", {"title": f"{name}, first replicate"},
+        return [Pane(name.replace(" ", "_"), "pictures", {"title": f"{name}, first replicate", "small": True},
                      to_uint8(self.problem.pool[indices])) for name, indices in chosen]
 
 
