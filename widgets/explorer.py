@@ -895,9 +895,7 @@ def explorer(problem: Problem, methods: Sequence[str] | None = None, *, n_sample
         store = Store(store)
     view = view_of(problem.family)
     if methods is None:
-        allowed = getattr(problem, "methods", None)
-        methods = view.methods or [m.name for m in METHODS.values() if m.family == problem.family]
-        methods = [name for name in methods if allowed is None or name in allowed]
+        methods = problem.methods or view.methods or [m.name for m in METHODS.values() if m.family == problem.family]
     return Explorer(problem, methods, n_samples=view.n_samples if n_samples is None else n_samples, seed=seed,
                     store=store, **knobs)
 

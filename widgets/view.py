@@ -200,7 +200,8 @@ class View:
 
     def spec(self) -> dict[str, Any]:
         """What the front end is told once, beside methods and metrics."""
-        return {"models": [{"name": name, "letter": name[0].upper(), "colour": k} for k, name in enumerate(self.problem.flops)]}
+        return {"models": [{"name": name, "letter": name[0].upper(), "colour": k}
+                           for k, name in enumerate(self.problem.flops)]}
 
     def panes(self, run: Run) -> list[Pane]:
         """What shows a run: pictures, else the series that it told, else points, else numbers."""

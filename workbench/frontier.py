@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from workbench.family import FAMILIES
+from workbench.method import METHODS
 from workbench.quality import METRICS, Quality, combined, difference
 from workbench.run import Run
 
@@ -14,7 +16,8 @@ from workbench.run import Run
 class Point:
     """One setting, averaged over its seeds: FLOPs and evaluations per sample, mean quality with its standard error.
 
-    low, high: the interval at `quality.LEVEL`. Runs' own errors and the spread between seeds are combined
+    cost: per sample, on the axis of the methods' family (`Family.axis`): FLOPs or a counted resource. low, high: the
+    interval at `quality.LEVEL`. Runs' own errors and the spread between seeds are combined
     (`quality.combined`). n: samples in all.
     """
 
@@ -26,6 +29,7 @@ class Point:
     n: int
     low: float = math.nan
     high: float = math.nan
+    cost: float = math.nan
 
 
 def points(runs: Iterable[Run], metric: str) -> list[Point]:
@@ -49,7 +53,13 @@ def _point(runs: tuple[Run, ...], metric: str) -> Point:
     samples = sum(r.inputs.n_samples for r in runs)
     return Point(runs, sum(r.cost.total_flops for r in runs) / samples,
                  sum(r.cost.total_evaluations for r in runs) / samples, figure.value, figure.stderr, figure.n,
-                 figure.low, figure.high)
+                 figure.low, figure.high, _spent(runs) / samples)
+
+
+def _spent(runs: Sequence[Run]) -> float:
+    method = METHODS.get(runs[0].inputs.method)  # a store may hold runs of methods that are gone
+    axis = "flops" if method is None else FAMILIES[method.family].axis
+    return sum(r.cost.amount(axis) for r in runs)
 
 
 def paired(a: Point, b: Point, metric: str) -> Quality:
@@ -77,10 +87,10 @@ def paired(a: Point, b: Point, metric: str) -> Quality:
 
 
 def pareto(candidates: Sequence[Point], metric: str) -> list[Point]:
-    """The points that no other beats in both FLOPs and quality, cheapest first; those without a number take no part."""
+    """The points that no other beats in both cost and quality, cheapest first; those without a number take no part."""
     sign = -1 if METRICS[metric].higher_is_better else 1
     front: list[Point] = []
-    for point in sorted(_numbers(candidates), key=lambda p: (p.flops, sign * p.value)):
+    for point in sorted(_numbers(candidates), key=lambda p: (p.cost, sign * p.value)):
         if not front or sign * point.value < sign * front[-1].value:
             front.append(point)
     return front
@@ -98,8 +108,8 @@ def cheapest(candidates: Sequence[Point], metric: str, within: float) -> Point:
                          f"expected at least one and a number >= 0")
     sign = -1 if METRICS[metric].higher_is_better else 1
     best = min(sign * p.value for p in known)
-    return min((p for p in known if sign * p.value <= best + within), key=lambda p: (p.flops, sign * p.value))
+    return min((p for p in known if sign * p.value <= best + within), key=lambda p: (p.cost, sign * p.value))
 
 
 def _numbers(candidates: Iterable[Point]) -> list[Point]:
-    return [p for p in candidates if p.value == p.value and p.flops == p.flops]
+    return [p for p in candidates if p.value == p.value and p.cost == p.cost]

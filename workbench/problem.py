@@ -28,7 +28,8 @@ class Problem:
     arguments decide, a function of them (`cost.Price`). counted: {callable: Counted}, work outside networks that is
     counted too. preset: knob values that suit this problem. source: Python lines that build this problem under the name
     `problem`. code(inputs): the script that does a run without the workbench, where it can. check() raises ValueError
-    where the models are no longer what the digest says; runs ask it before they start.
+    where the models are no longer what the digest says; runs ask it before they start. methods: names of those that it
+    is for, where these are not all of its family.
     images(answer) -> (n, H, W) or (n, H, W, 3) uint8, or None where answers are no pictures.
 
     A family's class gives `family` and `wrapped`, and where they differ from the defaults `cases`, `drawn`, `sizes`,
@@ -51,6 +52,7 @@ class Problem:
     source: str = ""
     code: Callable[[Inputs], str | None] | None = None
     check: Callable[[], None] = lambda: None
+    methods: tuple[str, ...] = ()
     family: ClassVar[str]
     sharing: ClassVar[str] = "none"
 

@@ -210,6 +210,9 @@ def inputs(method: str | Method, problem: Problem, seed: int = 0, n_samples: int
     if problem.family != method.family:
         raise ValueError(f"method {method.name!r} is of the family {method.family}, {problem.name!r} of "
                          f"{problem.family}")
+    if problem.methods and method.name not in problem.methods:
+        raise ValueError(f"method {method.name!r} does not run on {problem.name!r}: expected "
+                         f"{', '.join(problem.methods)}")
     seed, n_samples = plain(seed), plain(n_samples)
     for name, value, low, high in (("seed", seed, 0, MAX_SEED), ("n_samples", n_samples, 1, MAX_SAMPLES)):
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:

@@ -1,0 +1,1 @@
+"""Methods that buy a number with looks at data."""
