@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench import run
+from workbench import run, sweep
 from workbench.cost import Meter
 from workbench.problems.learning import (
     OF,
@@ -29,6 +29,7 @@ from workbench.problems.learning import (
     from_torch,
     gaussians,
     glyphs,
+    learning_curve,
     perceptron,
     spoiled,
 )
@@ -247,6 +248,17 @@ def test_problems_are_what_their_source_says(make, more):
     assert "noise_auc" not in run("rs2", problem, 0, 2, n_epochs=1).quality
     with pytest.raises(ValueError, match=r"n_pool=1: expected"):
         make(n_pool=1)
+
+
+def test_a_learning_curve_is_of_all_replicates_of_all_seeds():
+    problem = digits(60)
+    runs = sweep("tracin", problem, {}, seeds=[0, 1], n_samples=3, n_epochs=2, score_epochs=2, keep=0.5)
+    curve = learning_curve(runs)
+    assert [x for x, _, _ in curve] == [2 * 2 * 60 + 30, 2 * 2 * 60 + 60]  # selection comes first
+    last = torch.cat([r.quality["test_accuracy"].values for r in runs])
+    assert curve[-1][1:] == (pytest.approx(float(last.mean())), pytest.approx(float(last.std()) / math.sqrt(6)))
+    assert [x for x, _, _ in learning_curve(runs, "seen", "i")] == [1, 2]
+    assert learning_curve(runs, "seen")[0][1] == pytest.approx(0.5)
 
 
 def test_pool_and_test_set_share_no_example():

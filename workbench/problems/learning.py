@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from workbench.family import Family, register
 from workbench.problem import Problem
 from workbench.problems.fingerprint import digest_of_values
 from workbench.quality import Drawn, Metric, Quality, register_metric
+
+if TYPE_CHECKING:
+    from workbench.run import Run
 
 register_metric(Metric(
     "test_accuracy", "test accuracy", "", True, 6,
@@ -223,6 +226,21 @@ def auc(scores: Tensor, positive: Tensor) -> Tensor:
     ours, theirs = scores[:, positive].contiguous(), scores[:, ~positive].sort(1).values
     below = torch.searchsorted(theirs, ours) + torch.searchsorted(theirs, ours, right=True)
     return below.double().mean(1) / (2 * theirs.shape[1])
+
+
+def learning_curve(runs: Sequence[Run], series: str = "accuracy", against: str = "evaluations"
+                   ) -> list[tuple[float, float, float]]:
+    """(what each replicate has spent, mean of a series over all of them, its standard error) after each step that tells
+    the series, of runs that differ in nothing but the seed. against: a series of costs, or "i", the steps themselves.
+
+    Raises KeyError where the runs have no such series.
+    """
+    table = torch.cat([run.trace[series] for run in runs], 1)
+    tells = ~table.isnan().any(1)
+    steps = torch.arange(int(tells.sum())) + 1
+    spent = steps if against == "i" else runs[0].trace[against][tells] / runs[0].inputs.n_samples
+    stderr = table[tells].std(1) / math.sqrt(table.shape[1])
+    return list(zip(spent.tolist(), table[tells].mean(1).tolist(), stderr.tolist(), strict=True))
 
 
 def _learning(name: str, factory: Callable[[], nn.Module], pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from methods.learning.alone import RATE, begin, learn, whole
+from methods.learning.alone import RATE, begin, learn, n_steps_of, whole
 from torch.nn.functional import cross_entropy
 
 from workbench import points, run, sweep
@@ -168,7 +168,8 @@ def test_pvi_is_that_of_a_loop_over_replicates(problem):
         both = []
         for inputs in (torch.zeros_like(problem.pool), problem.pool):
             module, source = begin(problem, stream, HIDDEN)
-            list(learn(module, inputs, problem.labels, whole(source, len(problem.pool), EPOCHS), BATCH))
+            epochs = whole(source, len(problem.pool), EPOCHS)
+            list(learn(module, inputs, problem.labels, epochs, BATCH, n_steps_of(EPOCHS, len(problem.pool), BATCH)))
             both.append(module(inputs).softmax(1).detach()[torch.arange(len(inputs)), problem.labels])
         logits.append(both)
     wanted = torch.stack([g0.log2() - g.log2() for g0, g in logits])

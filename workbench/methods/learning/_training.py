@@ -33,7 +33,7 @@ End = Annotated[str, Knob(choices=("hardest", "easiest", "random"),
 Drop = Annotated[float, Knob(low=0.0, high=0.5, step=0.01, unit="of the pool", needs={"end": "hardest"},
                              help="share of the very hardest that is left out first, as wrong labels are among them")]
 ScoreEpochs = Annotated[int, Knob(low=1, high=50, soft=(1, 20), step=1, unit="epochs", small=2,
-                                  help="passes over the whole pool before it is scored, at a constant learning rate")]
+                                  help="passes over the whole pool before it is scored")]
 
 
 class Epoch(NamedTuple):
@@ -98,12 +98,15 @@ def train(problem: Learning, parameters: Parameters, epochs: Iterable[Tensor], n
 
 
 def scoring(problem: Learning, streams: Sequence[Generator], n_epochs: int, learning_rate: float, batch_size: int,
-            inputs: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[Epoch]:
-    """Train fresh replicates on the whole pool at a constant learning rate, as methods do before they score it."""
+            schedule: str = "constant", inputs: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[Epoch]:
+    """Train fresh replicates on the whole pool, as methods do before they score it.
+
+    At a constant learning rate they are what a long training is early on, before its rate falls.
+    """
     parameters, sources = problem.start(streams)
     n_pool = len(problem.pool)
     yield from train(problem, parameters, subsets(sources, n_pool, n_pool, n_epochs, "with"),
-                     n_epochs * math.ceil(n_pool / batch_size), learning_rate, batch_size, inputs=inputs)
+                     n_epochs * math.ceil(n_pool / batch_size), learning_rate, batch_size, schedule, inputs)
 
 
 def over_pool(problem: Learning, parameters: Parameters, look: Callable[[Tensor, Tensor, Parameters], Tensor]

@@ -43,15 +43,17 @@ def pvi(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", 
     """Pointwise V-information: keep examples by how little their input tells of their label.
 
     PVI(x -> y) = log2 g[y | x] - log2 g0[y | nothing], of one learner trained on the pool and one on the pool with all
-    inputs 0. A low or negative PVI is hard, often a wrong label, so the score is -PVI, in bits.
+    inputs 0, both to the end: their learning rate falls to 0 by a cosine, as at a constant one g0 would sway with the
+    labels of its last batches, and whole classes with it. A low or negative PVI is hard, often a wrong label, so the
+    score is -PVI, in bits.
     State: "scores" (n_samples, N), one step; then as `training`, with them.
     Cost: ``(2 * score_epochs + 1) * n_pool + 1 + n_epochs * n_kept(keep, n_pool)`` evaluations per sample: gradients,
     but for a forward pass over the pool and one of the empty input.
     Raises ValueError never, beyond knobs out of their bounds.
     """
     start = problem.start(streams(rng))
-    *_, null = scoring(problem, streams(rng), score_epochs, learning_rate, batch_size, inputs=torch.zeros_like)
-    *_, last = scoring(problem, streams(rng), score_epochs, learning_rate, batch_size)
+    *_, null = scoring(problem, streams(rng), score_epochs, learning_rate, batch_size, "cosine", torch.zeros_like)
+    *_, last = scoring(problem, streams(rng), score_epochs, learning_rate, batch_size, "cosine")
     nothing, _ = problem.rows(torch.zeros((rng.n_samples, 1), dtype=torch.int64, device=problem.device))
     null_logits = problem.forward(torch.zeros_like(nothing), null.parameters)
     scores = -over_pool(problem, last.parameters, lambda x, y, w: pointwise_information(
