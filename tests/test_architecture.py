@@ -133,18 +133,16 @@ def test_weights_are_safetensors_and_small():
     assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < MAX_WEIGHT_BYTES
 
 
-def test_readme_lists_the_methods():
-    from workbench.method import methods_table
+def test_the_generated_pages_are_up_to_date():
+    from workbench.family import FAMILIES
+    from workbench.pages import BEGIN, END, families_table, family_page
 
-    begin, end = "<!-- methods:begin -->", "<!-- methods:end -->"
     readme = (ROOT / "README.md").read_text()
-    assert begin in readme and end in readme, f"README.md needs {begin} and {end} around its table of methods"
-    written = readme.partition(begin)[2].partition(end)[0].strip()
-    wanted = methods_table().strip()
-    assert written == wanted, (
-        "README.md's table of methods is stale: put what "
-        "`python -c 'from workbench.method import methods_table; print(methods_table())'` prints between the markers"
-    )
+    written = {"README.md": readme.partition(BEGIN)[2].partition(END)[0].strip()}
+    written |= {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+    wanted = {"README.md": families_table().strip(), **{name: family_page(name) for name in FAMILIES}}
+    stale = sorted(name for name in wanted.keys() | written.keys() if wanted.get(name) != written.get(name))
+    assert stale == [], f"stale: {stale}; run `python -m workbench.pages`"
 
 
 # The broken twins: each check above finds what it is there to find.

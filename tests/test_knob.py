@@ -12,7 +12,8 @@ import torch
 from workbench import family
 from workbench.family import FAMILIES, Family
 from workbench.knob import BoundKnob, Knob
-from workbench.method import METHODS, Step, get, method, methods_table
+from workbench.method import METHODS, Step, get, method
+from workbench.pages import family_page
 
 STEPS = BoundKnob("n_steps", int, 20, Knob(low=1, high=1000, unit="steps", small=4, help="steps"))
 SHARE = BoundKnob("share", tuple, (0.5,), Knob(low=0.0, high=1.0, help="shares"))
@@ -106,7 +107,8 @@ def test_registration_reads_the_signature(register):
     assert made.check({}) == {"n_things": 3, "shares": (0.5,)}
     assert made.check({"shares": 1}) == {"n_things": 3, "shares": (1.0,)}
     assert made.spends({"n_things": 5}, {"branches": 2}) == 15
-    assert "| `example` | example | Summary. | `n_things`, `shares` |" in methods_table()
+    page = family_page("example")
+    assert f"Cost: ``{FORMULA}`` evaluations per sample." in page and "| `n_things` | `3` | 0 to 9 | things |" in page
 
 
 def test_a_folder_within_the_familys_changes_nothing_and_a_cell_that_runs_anew_replaces(register):

@@ -18,9 +18,9 @@ class Family:
 
     name: that of its folder under methods/. length: the knob that says how far a run goes, in exactly or at most so
     many steps. shape(problem, knobs) -> the shape of one sample's answer, or shapes by name.
-    sample: the word for one sample. spends: what methods' cost formulas count, "evaluations" or a counted resource of
-    the problems; axis: what figures show cost in, "flops" or such a resource. sizes: the names that formulas may use
-    beside knobs, which `problem.sizes` gives.
+    question: what its users ask, in one sentence. sample: the word for one sample. spends: what methods' cost formulas
+    count, "evaluations" or a counted resource of the problems; axis: what figures show cost in, "flops" or such a
+    resource. sizes: the names that formulas may use beside knobs, which `problem.sizes` gives.
     problems: small ones for the contract of methods, as (module:function, keyword arguments), loaded when asked for:
     between them every knob has an effect, and the first takes every value of every knob. told(problem, states, infos):
     raises AssertionError where the steps of a run, of two samples, do not tell what the family's views read.
@@ -31,6 +31,7 @@ class Family:
     shape: Callable[[Any, Mapping[str, Any]], tuple[int, ...] | Mapping[str, tuple[int, ...]]]
     problems: Sequence[tuple[str, Mapping[str, Any]]]
     told: Callable[[Any, Sequence[Any], Sequence[Mapping[str, Any]]], None]
+    question: str = ""
     sample: str = "sample"
     spends: str = "evaluations"
     axis: str = "flops"

@@ -131,16 +131,6 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-def methods_table() -> str:
-    """The registry as a Markdown table, as the README shows it."""
-    rows = ["| method | family | what it does | knobs | cost per sample | source |", "|---|---|---|---|---|---|"]
-    for m in sorted(METHODS.values(), key=lambda m: (m.family, m.name)):
-        knobs = ", ".join(f"`{name}`" for name in m.knobs)
-        cost = f"{'at most ' * m.is_bound}`{m.cost}` {FAMILIES[m.family].spends}"
-        rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {knobs} | {cost} | {m.source} |")
-    return "\n".join(rows)
-
-
 def _knobs(function: Callable[..., Any]) -> dict[str, BoundKnob]:
     hints = get_type_hints(function, include_extras=True)
     bound = {}

@@ -282,4 +282,4 @@ def _told(problem: Any, states: Sequence[Tensor], infos: Sequence[Mapping[str, A
 
 register(Family(Decoding.family, "n_tokens", lambda problem, knobs: (knobs["n_tokens"], 2),
                 [("workbench.problems.decoding:markov", {}), ("workbench.problems.decoding:random_pair", {})], _told,
-                sample="text", sizes=("n_prompt",)))
+                question="How many drafts, of what shape, are worth their price?", sample="text", sizes=("n_prompt",)))

@@ -649,4 +649,5 @@ register(Family(
     Denoising.family, "n_steps", lambda problem, knobs: tuple(problem.shape),
     [(f"{_MIXTURES}:two_modes", {}), (f"{_MIXTURES}:eight_modes", {}), (f"{_MIXTURES}:two_dim", {}),
      (f"{_MIXTURES}:two_dim", {"kind": "pinwheel"}), (f"{_MIXTURES}:two_dim", {"has_labels": True}),
-     ("workbench.problems.digits:digits", {}), ("workbench.problems.glyphs:glyphs", {})], _told, sizes=("branches",)))
+     ("workbench.problems.digits:digits", {}), ("workbench.problems.glyphs:glyphs", {})], _told,
+    question="How few steps, and how small a model, until pictures suffer?", sizes=("branches",)))

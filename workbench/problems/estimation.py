@@ -207,6 +207,7 @@ register(Family(
     [("workbench.problems.estimation:holdout", {"n_rows": 60, "n_dims": 30}),
      ("workbench.problems.estimation:rows", {"n_pool": 60, "n_dims": 2, "n_heavy": 2, "scale": 20.0}),
      ("workbench.problems.estimation:holdout", {"n_rows": 60, "n_dims": 30, "n_signal": 10, "shift": 0.4})], _told,
+    question="How many looks at data does an honest number cost?",
     sample="experiment", spends="looks", axis="looks", sizes=("n_dims", "n_pool")))
 
 

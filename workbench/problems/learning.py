@@ -471,4 +471,5 @@ register(Family(
     Learning.family, "n_epochs", _shape,
     [("workbench.problems.learning:gaussians", {"n_pool": 24, "n_test": 12, "label_noise": 0.2, "n_hidden": 4}),
      ("workbench.problems.learning:gaussians", {"n_pool": 15, "n_test": 10, "n_dims": 3, "n_hidden": 3, "seed": 1})],
-    _told, sample="replicate", sizes=("n_pool",)))
+    _told, question="Which examples are worth learning from, and what does choosing them cost?",
+    sample="replicate", sizes=("n_pool",)))

@@ -16,7 +16,15 @@ from workbench.knob import Knob
 from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
-from workbench.methods.denoising.score_sde import End, Path, Sde, SdeName, SigmaMax, sde_path
+from workbench.methods.denoising.score_sde import (
+    End,
+    Path,
+    Sde,
+    SdeName,
+    SigmaMax,
+    flow_rates,
+    sde_path,
+)
 from workbench.problems.denoising import Denoiser, Denoising, Point, mixed, prior_std
 from workbench.rng import Rng, of_samples
 
@@ -55,7 +63,7 @@ def flow_step(x: Tensor, step: Advance, *, order: int) -> tuple[Tensor, Evaluate
 
     def slope(y: Tensor, at: Point) -> tuple[Tensor, Evaluated]:
         now = step.denoise(y, at)
-        f, g = _rates(sde, at)
+        f, g = flow_rates(sde, at)
         return mixed(f, y, g, now.eps), now
 
     k1, now = slope(x, here)
@@ -248,7 +256,8 @@ class _Adaptive:
                 divergence = [self._divergence(t, y, eps, i)] if self.has_trace else []
             if not estimates:  # the solver's first evaluation is at the start
                 estimates.append(x0.detach())
-            drift = _drift(self.sde, t, torch.from_numpy(own), eps.detach().double().cpu().flatten())
+            f, g = flow_rates(self.sde, self.sde.at(t))
+            drift = f * torch.from_numpy(own) + g * eps.detach().double().cpu().flatten()
             return np.append(drift.numpy(), divergence)
 
         from scipy.integrate import solve_ivp  # a third of the package's import time, and wanted here only
@@ -274,16 +283,5 @@ class _Adaptive:
             of_eps = sum(float(torch.autograd.grad(entry, y, retain_graph=True)[0].flatten()[j])
                          for j, entry in enumerate(entries))
             of_x = float(y.numel())
-        return _drift(self.sde, t, of_x, of_eps)
-
-
-def _drift(sde: Sde, t: float, x: Any, eps: Any) -> Any:
-    """The flow's dx/dt = f x + g^2 / (2 sigma) eps, linear in (x, eps) and so in their divergences too."""
-    f, g = _rates(sde, sde.at(t))
-    return f * x + g * eps
-
-
-def _rates(sde: Sde, at: Point) -> tuple[float, float]:
-    """The flow's f and g^2 / (2 sigma) at a level."""
-    f, squared = sde.rates(at.t)
-    return f, squared / (2 * at.sigma)
+        f, g = flow_rates(self.sde, self.sde.at(t))  # the flow is linear in x and eps, and so are their divergences
+        return f * of_x + g * of_eps

@@ -73,6 +73,12 @@ class Path(NamedTuple):
     last: float
 
 
+def flow_rates(sde: Sde, at: Point) -> tuple[float, float]:
+    """f and g^2 / (2 sigma) of the probability flow dx/dt = f x + g^2 / (2 sigma) eps at a level."""
+    f, squared = sde.rates(at.t)
+    return f, squared / (2 * at.sigma)
+
+
 def sde_path(model: Denoiser, sde: str, t_end: float, sigma_max: float = 50.0) -> Path:
     """The SDE of that name (one of SDES, the paper's constants) and its times from full noise to t_end for `model`.
 
