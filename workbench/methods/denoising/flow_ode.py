@@ -50,21 +50,18 @@ def flow_step(x: Tensor, step: Advance, *, order: int) -> tuple[Tensor, Evaluate
     sde = step.schedule
     if not isinstance(sde, Sde):
         raise ValueError(f"flow_step: {type(sde).__name__} is not the schedule of an SDE")
-    here, there = step.here, step.there
-    h = there.t - here.t
+    h, middle = step.there.t - step.here.t, sde.at((step.here.t + step.there.t) / 2)
 
     def slope(y: Tensor, at: Point) -> tuple[Tensor, Evaluated]:
         now = step.denoise(y, at)
-        f, g = _rates(sde, at)
-        return mixed(f, y, g, now.eps), now
+        return _drift(sde, at.t, y, now.eps), now
 
-    k1, now = slope(x, here)
+    k1, now = slope(x, step.here)
     if order == 1:
         return mixed(1.0, x, h, k1), now
-    middle = sde.at(here.t + h / 2)
     k2, _ = slope(mixed(1.0, x, h / 2, k1), middle)
     k3, _ = slope(mixed(1.0, x, h / 2, k2), middle)
-    k4, _ = slope(mixed(1.0, x, h, k3), there)
+    k4, _ = slope(mixed(1.0, x, h, k3), step.there)
     return combined(x, (k1, k2, k3, k4), (1.0, h / 6, h / 3, h / 3, h / 6)), now
 
 
@@ -278,11 +275,6 @@ class _Adaptive:
 
 def _drift(sde: Sde, t: float, x: Any, eps: Any) -> Any:
     """The flow's dx/dt = f x + g^2 / (2 sigma) eps, linear in (x, eps) and so in their divergences too."""
-    f, g = _rates(sde, sde.at(t))
-    return f * x + g * eps
-
-
-def _rates(sde: Sde, at: Point) -> tuple[float, float]:
-    """The flow's f and g^2 / (2 sigma) at a level."""
-    f, squared = sde.rates(at.t)
-    return f, squared / (2 * at.sigma)
+    f, squared = sde.rates(t)
+    g = squared / (2 * sde.at(t).sigma)
+    return mixed(f, x, g, eps) if isinstance(x, Tensor) else f * x + g * eps
