@@ -50,21 +50,19 @@ def flow_step(x: Tensor, step: Advance, *, order: int) -> tuple[Tensor, Evaluate
     sde = step.schedule
     if not isinstance(sde, Sde):
         raise ValueError(f"flow_step: {type(sde).__name__} is not the schedule of an SDE")
-    here, there = step.here, step.there
-    h = there.t - here.t
+    h, middle = step.there.t - step.here.t, sde.at((step.here.t + step.there.t) / 2)
 
     def slope(y: Tensor, at: Point) -> tuple[Tensor, Evaluated]:
         now = step.denoise(y, at)
         f, g = flow_rates(sde, at)
         return mixed(f, y, g, now.eps), now
 
-    k1, now = slope(x, here)
+    k1, now = slope(x, step.here)
     if order == 1:
         return mixed(1.0, x, h, k1), now
-    middle = sde.at(here.t + h / 2)
     k2, _ = slope(mixed(1.0, x, h / 2, k1), middle)
     k3, _ = slope(mixed(1.0, x, h / 2, k2), middle)
-    k4, _ = slope(mixed(1.0, x, h, k3), there)
+    k4, _ = slope(mixed(1.0, x, h, k3), step.there)
     return combined(x, (k1, k2, k3, k4), (1.0, h / 6, h / 3, h / 3, h / 6)), now
 
 
