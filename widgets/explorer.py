@@ -693,15 +693,15 @@ class Explorer(Live):
         return self._runs[key]
 
     def _forget(self, newest: str) -> None:
-        """Bound what is remembered: the oldest runs go, but for what is shown, pinned, a rival, or just made."""
-        safe = {newest, *(r.inputs.key for r in (self.run, self._pinned) if r is not None)}
+        """Bound what is remembered: the oldest runs go, but for what is shown, its rivals, pinned, or just made."""
+        rivals = (self._rival(name, self.inputs) for name in ("reference", "baseline"))
+        safe = {newest, *(r.inputs.key for r in (self.run, self._pinned) if r is not None),
+                *(rival.key for rival in rivals if rival is not None)}
         held = sum(self._sizes.values())
         for key in list(self._runs):
             if len(self._runs) <= MAX_RUNS and held <= MAX_RUN_BYTES:
                 return
-            own = self._runs[key].inputs
-            is_rival = any(self._rival(name, own) == own for name in ("reference", "baseline"))
-            if key not in safe and not is_rival:
+            if key not in safe:
                 held -= self._sizes[key]
                 del self._runs[key]
                 for known in (self._sizes, self._drawable, self.timings):

@@ -20,6 +20,7 @@ from widgets.acceptance import (
     best_widths,
     enumerated_without,
     level_set,
+    prefix_curve,
     ranks_of,
     reached,
     sequoia_within,
@@ -401,3 +402,18 @@ def test_a_value_between_the_sliders_places_gets_a_place():
     panel.set(divergence=1.27)
     spec = {s["name"]: s for s in panel.published["spec"]["sliders"]}
     assert 1.27 in spec["divergence"]["values"] and shown(panel)["values"]["divergence"] == 1.27
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_the_curve_of_prefixes_stays_within_its_picture(n):
+    """Between the upper and the lower edge of its clip, whatever the laws; curves bulge above 1."""
+    source = np.random.default_rng(n)
+    for size in (3, 40, 400):
+        for sharp in (0.05, 0.5, 5.0):
+            target, draft = source.dirichlet([sharp] * size, 2)
+            drawn = prefix_curve(target, draft, n, {"iid": optimal(target, draft, n, "iid"), "without": None})
+            clip = re.search(r"id='wba-clip'><rect x='[\d.]+' y='([\d.]+)' width='[\d.]+' height='([\d.]+)'", drawn)
+            top, height = map(float, clip.groups())
+            heights = [float(y) for points in re.findall(r"points='([^']+)'", drawn)
+                       for _, y in (pair.split(",") for pair in points.split())]
+            assert heights and top <= min(heights) and max(heights) <= top + height

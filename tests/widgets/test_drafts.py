@@ -399,3 +399,17 @@ def test_the_widgets_module_is_the_helpers_and_one_panel() -> None:
     for once in ("export default", "function render(", "function marker(", "const SVG ="):
         assert module.count(once) == 1, once
     assert "import " not in module.replace("imports nothing", "") and "http://www.w3.org" in module
+
+
+def test_a_store_that_cannot_be_written_keeps_the_text_and_old_runs_go(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: object, headless: None) -> None:
+    def full(self: Store, run: object) -> None:
+        raise OSError(28, "no space left", "runs")
+
+    monkeypatch.setattr(Store, "put", full)
+    monkeypatch.setattr(importlib.import_module("widgets.explorer"), "MAX_RUNS", 5)
+    e = explorer(problem(), ("speculative",), n_tokens=8, store=Store(tmp_path))
+    for seed in range(12):
+        e.set(seed=seed)
+        assert e.run.inputs.seed == seed and e.family.blocks
+    assert "not kept in the store" in e.view["notice"] and len(e.runs) <= 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import struct
@@ -15,6 +16,7 @@ from explorer_toy import Toy
 import workbench
 from widgets import explorer
 from widgets.explorer import Explorer
+from widgets.views.denoising import DenoisingView
 from workbench import METHODS, Store
 from workbench.problems.decoding import markov
 from workbench.problems.mixtures import two_modes
@@ -428,3 +430,70 @@ def test_every_method_can_be_switched_to_from_every_other(problem, family, monke
                 panel.receive({"id": "1", "kind": "set", "state": {"method": method}, "knobs": {}})
                 assert panel.inputs.method == method and not panel.view["notice"], (first, second)
         panel.sleep()
+
+
+# ---- what nobody asked for may fail: it is said once, and all else goes on
+
+def fails(*_: object, **__: object) -> None:
+    raise RuntimeError("broke on purpose")
+
+
+def test_a_time_that_cannot_be_measured_is_said_and_the_rest_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workbench, "timed", fails)
+    e = explorer(Toy().problem)
+    e.wait()
+    e.wait(idle=True)
+    assert e.view["error"] == "" and e.view["shown"]["timing"] is None and not e.timings
+    assert len(e.runs) > 20 and e.view["reference"] is not None
+
+
+def test_previews_that_cannot_be_prepared_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(DenoisingView, "_prepare", lambda self, trunk, stop: asked.append(1) or fails())
+    e = explorer(Toy().problem)
+    said: list[str] = []
+    e.subscribe(lambda name, value: said.append(value["notice"]) if name == "view" and value else None)
+    e.wait(idle=True)
+    assert len(asked) == 1 and "computing ahead: RuntimeError: broke on purpose" in said and e.view["error"] == ""
+    assert len(e.runs) > 20
+
+
+@pytest.mark.parametrize("name", ["reference", "baseline"])
+def test_a_rival_that_cannot_be_is_said_and_the_panel_lives(name: str) -> None:
+    e = explorer(replace(Toy().problem, **{name: ("ddim", {"n_steps": 0})}))
+    e.wait(idle=True)
+    assert e.view["error"] == "" and f"the problem's {name}: knob n_steps=0" in e.view["notice"]
+    e.set(n_steps=7)
+    e.wait()
+    assert e.run.knobs["n_steps"] == 7
+
+
+def test_a_score_that_fails_is_given_up_and_its_error_shown() -> None:
+    def judge(answer, labels):
+        return fails() if len(answer) > 20 else {}
+
+    e = explorer(replace(Toy().problem, judge=judge))
+    e.wait(idle=True)
+    e.score(30)
+    with pytest.raises(RuntimeError, match="broke on purpose"):
+        e.wait(idle=True)
+    until(lambda: e.view["score"] is None and "broke on purpose" in e.view["error"])
+    e.set(n_steps=6)
+    e.wait(idle=True)
+    assert e.view["error"] == ""
+
+
+def test_a_number_of_samples_without_runs_is_refused() -> None:
+    e = explorer(Toy().problem)
+    e.wait(idle=True)
+    for wrong in (7, "many"):
+        e.receive({"id": "f", "kind": "frontier_n", "n": wrong})
+        assert str(wrong) in e.view["notice"] and e.frontier["n"] == 16
+
+
+def test_a_host_without_the_front_end_gets_a_picture_and_the_numbers() -> None:
+    e = explorer(Toy().problem)
+    data, _ = e._repr_mimebundle_()
+    assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(data)
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert "label accuracy: " in data["text/plain"] and "object at" not in data["text/plain"]

@@ -163,6 +163,13 @@ def test_the_curve_draws_what_is_there_and_says_it():
     assert "nan" not in curve([2.0], 1, {}, "error")
 
 
+@pytest.mark.parametrize(("low", "high"), [(215.0, 364.0), (1.0, 1.0001), (-0.00012, -0.0001), (3.0, 3000.0)])
+def test_the_curves_labels_are_all_different(low, high):
+    drawn = curve([high, low], 10, {}, "error")
+    labels = re.findall(r"text-anchor='end'>([^<]+)<", drawn)
+    assert len(labels) == 4 == len(set(labels))
+
+
 def test_the_table_tells_each_step():
     plan = SPACE.seeds()[-1]
     drawn = table(json.loads(plan.to_json()))
