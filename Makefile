@@ -82,9 +82,9 @@ types: $(INSTALLED)  ## mypy
 	@"$(BIN)/python" -m mypy
 
 # One process for each core, each with one thread: two threads in each of two processes would wait for each other.
-unit: $(INSTALLED)  ## the tests without notebooks and browser
+unit: $(INSTALLED)  ## the tests without notebooks and browser (FAMILY=...: those of one family alone)
 	@echo "== [3/6] unit and contract tests"
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not notebook and not browser" --numprocesses=auto --dist=worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not notebook and not browser" --numprocesses=auto --dist=worksteal $(if $(FAMILY),--family=$(FAMILY)) $(ARGS)
 
 # Other CPUs, as far as this one can play them: the lesser instruction sets of torch and of oneDNN, two threads and one. With
 # all that the CPU has the unit stage has run the same tests. Threads that wait must not spin: there are more than cores.

@@ -19,8 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 STAGES = ("unit and contract tests", "notebooks", "browser tests, JupyterLab in Chromium")
-NUMERIC = ("methods/denoising/", "problems/", "integrations/test_schedulers.py", "speculation/test_rules.py",
-           "test_quality.py")
+NUMERIC = ("methods/denoising/", "methods/learning/", "methods/estimation/", "problems/",
+           "integrations/test_schedulers.py", "speculation/test_rules.py", "test_quality.py")
 
 
 def _stage(item: pytest.Item) -> int:
@@ -34,9 +34,23 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path == benchmarks and not asked else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--family", default="", help="only the tests of one family: its contract, methods and problems")
+
+
+def _is_of(item: pytest.Item, family: str) -> bool:
+    """Whether a test stands in the family's folders or files, or is the contract of one of its methods."""
+    method = getattr(item, "callspec", None) and item.callspec.params.get("of")
+    return family in item.path.as_posix().removeprefix(ROOT.as_posix()) or getattr(method, "family", "") == family
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Unit tests first, browser tests last: once Playwright's event loop runs, papermill cannot start its own."""
+    if family := config.getoption("--family"):
+        others = [item for item in items if not _is_of(item, family)]
+        items[:] = [item for item in items if _is_of(item, family)]
+        config.hook.pytest_deselected(items=others)
     items.sort(key=_stage)
 
 

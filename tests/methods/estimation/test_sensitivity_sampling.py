@@ -13,8 +13,6 @@ from workbench.methods.estimation import sensitivity_sampling as module
 from workbench.methods.estimation.sensitivity_sampling import l1_sensitivities, leverage, lewis, shares
 from workbench.problems.estimation import fitted, loss, norms, rows
 
-pytestmark = pytest.mark.numeric
-
 
 def matrix(n, d, seed=0, heavy=0):
     a = torch.randn((n, d), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -15,7 +15,6 @@ from workbench.methods.estimation import thresholdout as module
 from workbench.methods.estimation.thresholdout import Keeper, laplace
 from workbench.problems.estimation import holdout
 
-pytestmark = pytest.mark.numeric
 NOISE = holdout(400, 300)  # labels are noise: no classifier is right more often than .5
 SIGNAL = holdout(400, 300, 60, 0.2)
 
