@@ -155,7 +155,7 @@ class Learning(Problem):
     classes: tuple[str, ...]
     bayes_error: float = math.nan
     family: ClassVar[str] = "learning"
-    sharing: ClassVar[str] = "memo"
+    sharing: ClassVar[str] = "none"  # all weights would be read and kept at every step, which costs more than it spares
 
     def wrapped(self, wrap: Callable[[str, Any], Any]) -> Learning:
         """This problem with both networks replaced by wrap(name, network)."""

@@ -41,7 +41,7 @@ def error_norm(logits: Tensor, y: Tensor) -> Tensor:
 def el2n(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", drop: Drop = 0.1,
          n_seeds: Annotated[int, Knob(low=1, high=20, soft=(1, 10), step=1, unit="learners", small=2,
                                       help="learners of other initial weights that the score is averaged over")] = 3,
-         score_epochs: ScoreEpochs = 2, n_epochs: Epochs = 20, learning_rate: Rate = 0.05, batch_size: Batch = 32,
+         score_epochs: ScoreEpochs = 2, n_epochs: Epochs = 20, learning_rate: Rate = 0.1, batch_size: Batch = 25,
          schedule: Schedule = "cosine") -> Iterator[Step]:
     """EL2N: keep examples by the norm of their error vector early in training, averaged over several learners.
 

@@ -37,8 +37,8 @@ def forgetting_events(correct: Tensor) -> Tensor:
 @method(version=1, source="forgetting events, arXiv 1812.05159, alg. 1, as used in arXiv 2311.16298, sec. 3",
         cost="score_epochs * n_pool + n_epochs * n_kept(keep, n_pool)")
 def forgetting(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", drop: Drop = 0.1,
-               score_epochs: ScoreEpochs = 10, n_epochs: Epochs = 20, learning_rate: Rate = 0.05,
-               batch_size: Batch = 32, schedule: Schedule = "cosine") -> Iterator[Step]:
+               score_epochs: ScoreEpochs = 10, n_epochs: Epochs = 20, learning_rate: Rate = 0.1,
+               batch_size: Batch = 25, schedule: Schedule = "cosine") -> Iterator[Step]:
     """Forgetting events: keep examples by how often they were unlearned while a learner trained on all of them.
 
     Score: transitions from right to wrong between an example's own batches, as the gradient's pass sees it before the

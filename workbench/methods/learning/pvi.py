@@ -38,7 +38,7 @@ def pointwise_information(logits: Tensor, null_logits: Tensor, y: Tensor) -> Ten
 @method(version=1, source="PVI, arXiv 2110.08420, sec. 4 and alg. 1, as used in arXiv 2311.16298, sec. 3",
         cost="(2 * score_epochs + 1) * n_pool + 1 + n_epochs * n_kept(keep, n_pool)")
 def pvi(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", drop: Drop = 0.1,
-        score_epochs: ScoreEpochs = 5, n_epochs: Epochs = 20, learning_rate: Rate = 0.05, batch_size: Batch = 32,
+        score_epochs: ScoreEpochs = 5, n_epochs: Epochs = 20, learning_rate: Rate = 0.1, batch_size: Batch = 25,
         schedule: Schedule = "cosine") -> Iterator[Step]:
     """Pointwise V-information: keep examples by how little their input tells of their label.
 

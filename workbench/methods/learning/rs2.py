@@ -27,7 +27,7 @@ VARIANTS = ("without", "with", "static")
 def rs2(problem: Learning, rng: Rng, *, keep: Keep = 0.1,
         variant: Annotated[str, Knob(choices=VARIANTS, help="over epochs: no example again before all were seen, each "
                                      "epoch by itself, or the first epoch's part for good")] = "without",
-        n_epochs: Epochs = 20, learning_rate: Rate = 0.05, batch_size: Batch = 32, schedule: Schedule = "cosine"
+        n_epochs: Epochs = 20, learning_rate: Rate = 0.1, batch_size: Batch = 25, schedule: Schedule = "cosine"
         ) -> Iterator[Step]:
     """Repeated random sampling: every epoch learns from another random part of the pool; nothing is scored.
 

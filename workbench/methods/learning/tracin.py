@@ -36,7 +36,7 @@ LAYERS = {"last": "last_norms", "all": "norms"}
 def tracin(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", drop: Drop = 0.1,
            layers: Annotated[str, Knob(choices=tuple(LAYERS), help="whose weights the gradient is taken by: the last "
                                        "layer's alone, which is cheaper, or all")] = "last",
-           score_epochs: ScoreEpochs = 5, n_epochs: Epochs = 20, learning_rate: Rate = 0.05, batch_size: Batch = 32,
+           score_epochs: ScoreEpochs = 5, n_epochs: Epochs = 20, learning_rate: Rate = 0.1, batch_size: Batch = 25,
            schedule: Schedule = "cosine") -> Iterator[Step]:
     """TracIn: keep examples by their influence on themselves, the squared norm of their own gradient.
 

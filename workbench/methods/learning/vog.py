@@ -50,7 +50,7 @@ def within_classes(scores: Tensor, y: Tensor) -> Tensor:
 def vog(problem: Learning, rng: Rng, *, keep: Keep = 0.3, end: End = "hardest", drop: Drop = 0.1,
         score_epochs: Annotated[int, Knob(low=2, high=50, soft=(2, 20), step=1, unit="epochs", small=3,
                                           help="passes over the whole pool, a checkpoint after each")] = 5,
-        n_epochs: Epochs = 20, learning_rate: Rate = 0.05, batch_size: Batch = 32, schedule: Schedule = "cosine"
+        n_epochs: Epochs = 20, learning_rate: Rate = 0.1, batch_size: Batch = 25, schedule: Schedule = "cosine"
         ) -> Iterator[Step]:
     """Variance of gradients: keep examples by how much the gradient by their input varies over checkpoints.
 
