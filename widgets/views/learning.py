@@ -71,15 +71,8 @@ class LearningView(View):
 
     def _examples(self, told: Mapping[str, Any]) -> list[Pane]:
         """The first replicate's hardest and easiest examples, or what its last epoch learned from."""
-        if self.problem.pool.ndim != 3:  # no pictures
-            return []
         chosen = [("hardest", told["hardest"]), ("easiest", told["easiest"])] if "hardest" in told else [
             ("learned from", told["subset"][:16])] if "subset" in told else []
-        return [Pane(name.replace(" ", "_"), "pictures", {"title": f"{name}, first replicate", "small": True},
-                     to_uint8(self.problem.pool[indices])) for name, indices in chosen]
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Pictures (n, H, W) of any range as uint8, the range of all of them from black to white."""
-    low, high = images.min(), images.max()
-    return ((images - low) / (high - low).clamp(min=1e-9) * 255).round().to(torch.uint8).cpu()
+        drawn = ((name, self.problem.pictures(indices)) for name, indices in chosen)
+        return [Pane(name.replace(" ", "_"), "pictures", {"title": f"{name}, first replicate", "small": True}, pictures)
+                for name, pictures in drawn if pictures is not None]
