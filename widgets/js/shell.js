@@ -314,7 +314,7 @@ function render({ model, el }) {
       knobs.node,
       h("div", { class: "wb-middle" }, samples, comparison),
       h("div", { class: "wb-right" },
-        h("div", { class: "wb-frontier" }, h("div", { class: "wb-row" }, h("b", {}, "Quality against cost"), metricSelect, costSelect, nSelect), h("div", { class: "wb-plotbox" }, plot.node, card)),
+        h("div", { class: "wb-frontier" }, h("div", { class: "wb-row" }, h("b", { title: "quality against cost" }, "Frontier"), metricSelect, costSelect, nSelect), h("div", { class: "wb-plotbox" }, plot.node, card)),
         h("div", { class: "wb-numbers" }, costs, h("div", {}, qualities, sideBox)))),
     foot, box.node);
   // JupyterLab's notebook would take Enter and the arrows away from fields
