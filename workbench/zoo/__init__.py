@@ -1,7 +1,7 @@
 """The embedded models: a data set that can be sampled at will, its judge, and diffusion models S, B and L.
 
 Beside them a family of language models: a target and two drafts of one tokenizer, which continue Python's own
-documentation. Their sizes are "target", "small" and "tiny".
+documentation. Their sizes are "target", "small" and "tiny". And a vision transformer, which finds letters in clutter.
 
 Importing this package costs nothing; diffusers, transformers, matplotlib and PIL are imported where they are first
 needed.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.zoo.classifier import GlyphClassifier, load_classifier
     from workbench.zoo.pipeline import GlyphPipeline
     from workbench.zoo.text import load_language_model
+    from workbench.zoo.vision import load_vision
 
 WEIGHTS: Path = Path(__file__).resolve().parent / "weights"
 PLANS: Path = Path(__file__).resolve().parent / "plans"  # solver schedules that a search found, with their card
@@ -40,6 +41,7 @@ __all__ = [
     "load_classifier",
     "load_language_model",
     "load_pipeline",
+    "load_vision",
     "weights_digest",
 ]
 
@@ -48,6 +50,7 @@ _LAZY = {
     "load_classifier": "classifier",
     "GlyphPipeline": "pipeline",
     "load_language_model": "text",
+    "load_vision": "vision",
 }
 
 

@@ -33,7 +33,7 @@ FONTS = (
 )  # fmt: skip
 
 _OVERSAMPLE = 3  # each pixel is the mean of 3x3 samples
-_MASTER = (
+MASTER = (
     2 * SIZE * _OVERSAMPLE
 )  # side of a master drawing; twice the canvas, so that no turned letter is cut
 _CAP_HEIGHT = 14.5  # pixels of a capital H before the random size
@@ -43,8 +43,8 @@ _SIZES = (0.86, 1.10)
 
 
 @functools.cache
-def _masters() -> list:
-    """One centred drawing per (font, class), as PIL images of _MASTER^2, font-major."""
+def masters() -> list:
+    """One centred drawing per (font, class), as PIL images of MASTER^2, font-major."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -58,8 +58,8 @@ def _masters() -> list:
         font = ImageFont.truetype(path, points, layout_engine=ImageFont.Layout.BASIC)
         for letter in CLASSES:
             left, top, right, bottom = font.getbbox(letter)
-            drawing = Image.new("L", (_MASTER, _MASTER), 0)
-            corner = ((_MASTER - left - right) / 2, (_MASTER - top - bottom) / 2)
+            drawing = Image.new("L", (MASTER, MASTER), 0)
+            corner = ((MASTER - left - right) / 2, (MASTER - top - bottom) / 2)
             ImageDraw.Draw(drawing).text(corner, letter, fill=255, font=font)
             drawings.append(drawing)
     return drawings
@@ -110,20 +110,20 @@ def glyphs(
     x0, y0 = canvas / 2 + shift[:, 0], canvas / 2 + shift[:, 1]
     coefficients = np.stack(
         [
-            cosine, sine, _MASTER / 2 - cosine * x0 - sine * y0,
-            -sine, cosine, _MASTER / 2 + sine * x0 - cosine * y0,
+            cosine, sine, MASTER / 2 - cosine * x0 - sine * y0,
+            -sine, cosine, MASTER / 2 + sine * x0 - cosine * y0,
         ],
         axis=1,
     ).tolist()  # fmt: skip
 
-    masters = _masters()
+    drawings = masters()
     ink = np.empty((int(n), SIZE, SIZE), dtype=np.float32)
     chunk = 1024  # bounds the memory of the oversampled drawings
     fine = np.empty((chunk, canvas, canvas), dtype=np.uint8)
     for start in range(0, int(n), chunk):
         stop = min(start + chunk, int(n))
         for row in range(start, stop):
-            master = masters[fonts[row] * len(CLASSES) + labels[row]]
+            master = drawings[fonts[row] * len(CLASSES) + labels[row]]
             fine[row - start] = master.transform(
                 (canvas, canvas), Image.Transform.AFFINE, coefficients[row], Image.Resampling.BILINEAR
             )
