@@ -182,7 +182,7 @@ def _plain(value: Any, seen: dict[int, Any]) -> Any:
     if kind is partial:
         return [id(value.func), _plain(value.args, seen), _plain(value.keywords, seen)]
     if kind.__module__.startswith("transformers."):
-        return [id(value), _plain(vars(value), seen)]
+        return [id(value), _plain(getattr(value, "__dict__", ()), seen)]
     raise _Unknown
 
 

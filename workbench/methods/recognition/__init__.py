@@ -1,0 +1,1 @@
+"""Methods that spend less computation on an input."""
