@@ -261,6 +261,15 @@ def test_a_learning_curve_is_of_all_replicates_of_all_seeds():
     assert learning_curve(runs, "seen")[0][1] == pytest.approx(0.5)
 
 
+def test_names_say_what_is_wrong_with_a_pool():
+    assert digits(60, label_noise=0.0).name == "digits, 60 examples"
+    spoilt = digits(1000, imbalance=10, duplicates=0.5)
+    assert spoilt.name == (
+        f"digits, {len(spoilt.pool)} examples, 0.1 of labels wrong, imbalance 10, 0.5 copies")
+    assert gaussians(20, label_noise=0.2).name == (
+        "two Gaussians in 2 dimensions, distance 2, 20 examples, 0.2 of labels wrong")
+
+
 def test_pool_and_test_set_share_no_example():
     problem = digits(1297)
     both = torch.cat((problem.pool, problem.test)).flatten(1)

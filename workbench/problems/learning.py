@@ -306,9 +306,9 @@ def gaussians(n_pool: int = 400, n_dims: int = 2, distance: float = 2.0, label_n
     call = (f"gaussians({n_pool}, {n_dims}, {distance!r}, label_noise={label_noise!r}, n_hidden={n_hidden}, "
             f"n_test={n_test}, seed={seed})")
     return _learning(
-        call.replace("gaussians", "Gaussian classes", 1), partial(perceptron, n_dims, n_hidden, 2), (x, y), test,
-        ("left", "right"), flipped=flipped, source=_source(call),
-        bayes_error=float(torch.special.ndtr(torch.tensor(-distance / 2, dtype=torch.float64))))
+        f"two Gaussians in {n_dims} dimensions, distance {distance:g}, {_titled(n_pool, label_noise)}",
+        partial(perceptron, n_dims, n_hidden, 2), (x, y), test, ("left", "right"), flipped=flipped,
+        source=_source(call), bayes_error=float(torch.special.ndtr(torch.tensor(-distance / 2, dtype=torch.float64))))
 
 
 def digits(n_pool: int = 1000, label_noise: float = 0.1, imbalance: float = 1.0, duplicates: float = 0.0,
@@ -330,8 +330,8 @@ def digits(n_pool: int = 1000, label_noise: float = 0.1, imbalance: float = 1.0,
     given = _faults(label_noise, imbalance, duplicates)
     x_pool, y_pool, flipped = spoiled(x[pool], y[pool], 10, source, **given)
     call = f"digits({n_pool}, {_said(given)}n_hidden={n_hidden}, seed={seed})"
-    return _learning(call, partial(perceptron, 64, n_hidden, 10), (x_pool, y_pool), (x[test], y[test]),
-                     list("0123456789"), flipped=flipped, source=_source(call))
+    return _learning(f"digits, {_titled(len(x_pool), **given)}", partial(perceptron, 64, n_hidden, 10),
+                     (x_pool, y_pool), (x[test], y[test]), list("0123456789"), flipped=flipped, source=_source(call))
 
 
 def glyphs(n_pool: int = 3000, label_noise: float = 0.0, imbalance: float = 1.0, duplicates: float = 0.0,
@@ -352,8 +352,8 @@ def glyphs(n_pool: int = 3000, label_noise: float = 0.0, imbalance: float = 1.0,
     given = _faults(label_noise, imbalance, duplicates)
     x, y, flipped = spoiled(x, y, len(CLASSES), torch.Generator().manual_seed(seed), **given)
     call = f"glyphs({n_pool}, {_said(given)}n_hidden={n_hidden}, n_test={n_test}, seed={seed})"
-    return _learning(call, partial(perceptron, 144, n_hidden, len(CLASSES)), (x, y), (x_test, y_test), list(CLASSES),
-                     flipped=flipped, source=_source(call))
+    return _learning(f"glyphs, {_titled(len(x), **given)}", partial(perceptron, 144, n_hidden, len(CLASSES)), (x, y),
+                     (x_test, y_test), list(CLASSES), flipped=flipped, source=_source(call))
 
 
 def from_torch(pool: Dataset | tuple[Tensor, Tensor], test: Dataset | tuple[Tensor, Tensor],
@@ -442,6 +442,13 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 
 def _said(given: Mapping[str, float]) -> str:
     return "".join(f"{key}={value!r}, " for key, value in given.items())
+
+
+def _titled(n_pool: int, label_noise: float, imbalance: float = 1.0, duplicates: float = 0.0) -> str:
+    """A pool's size and faults, for a person."""
+    faults = [f"{label_noise:.3g} of labels wrong"] * (label_noise > 0)
+    faults += [f"imbalance {imbalance:g}"] * (imbalance > 1) + [f"{duplicates:.3g} copies"] * (duplicates > 0)
+    return ", ".join([f"{n_pool} examples", *faults])
 
 
 def _source(call: str) -> str:
