@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 STAGES = ("unit and contract tests", "notebooks", "browser tests, JupyterLab in Chromium")
-NUMERIC = ("methods/denoising/", "methods/learning/", "methods/estimation/", "problems/",
+NUMERIC = ("methods/denoising/", "methods/learning/", "methods/estimation/", "methods/recognition/", "problems/",
            "integrations/test_schedulers.py", "speculation/test_rules.py", "test_quality.py")
 
 
