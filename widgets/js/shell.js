@@ -51,7 +51,7 @@ function render({ model, el }) {
 
   const own = {}; // by name: what draws the pane, of the run shown
   const theirs = {}; // and of the pinned one
-  const ownBox = h("div", { class: "wb-panes" });
+  const ownBox = h("div", { class: "wb-panes", "data-testid": "panes" });
   const pinnedBox = h("div", { class: "wb-panes" });
   const sideBox = h("div", { class: "wb-sides" });
   const caption = h("div", { class: "wb-caption" }, "B");
@@ -89,6 +89,7 @@ function render({ model, el }) {
       Object.assign(canvas.dataset, { revision: frame.revision, key: frame.key, step: frame.step, of: frame.of });
       canvas.setAttribute("aria-label", `samples of ${frame.title}, ${frame.is_done ? "finished" : `after ${stepOf(frame)}`}`);
     }
+    Object.assign(ownBox.dataset, { revision: frame.revision, key: frame.key });
     exportImages.hidden = !Object.values(own).some((made) => made.canvas);
     title.textContent = title.title = frame.title;
     strip?.showFrame(frame);
