@@ -1,13 +1,14 @@
 """The data set "clutter": one whole letter at a random place and size, among fragments of others, on an uneven ground.
 
 The letters are those of `workbench.zoo.glyphs`, 36 classes in 21 typefaces. An image of 48 x 48 pixels falls into 64
-patches of 6 x 6, of which the letter touches a dozen: the others tell nothing about its class. How many fragments lie
-about differs from image to image, so that some need a closer look than others.
+patches of 6 x 6, of which the letter touches ten or eleven on average; the others tell nothing about its class. How
+many fragments lie about differs from image to image, so that some need a closer look than others.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -59,34 +60,46 @@ def clutter(n: int, split: Literal["train", "held_out"] = "train", seed: int = 0
     Raises:
         ValueError: for an argument out of its range, naming the argument, its value and what is allowed.
     """
-    images, _, labels = scenes(n, split, seed)
+    pieces = _pieces(n, split, seed)
+    images, labels = torch.empty(n, 1, SIDE, SIDE), torch.empty(n, dtype=torch.int64)
+    for rows, some, _, theirs in pieces:
+        images[rows], labels[rows] = some, theirs
     return images, labels
 
 
-def scenes(n: int, split: str = "train", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def scenes(n: int, split: Literal["train", "held_out"] = "train", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """`clutter`, and between its images and labels the letter's own ink (n, 1, 48, 48), 0 to 1: what lies where."""
+    images, ink, labels = zip(*(piece[1:] for piece in _pieces(n, split, seed)), strict=True)
+    return torch.cat(images), torch.cat(ink), torch.cat(labels)
+
+
+def _pieces(n: int, split: str, seed: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Rows of the whole, with their images, ink and labels. The arguments are checked at once, not at the first."""
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise ValueError(f"n is {n!r}; it must be an integer of at least 1")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(map(repr, SPLITS))}")
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed is {seed!r}; it must be an integer of at least 0")
-    # Row by row, so that clutter(100) is the beginning of clutter(1000); the noise has a stream of its own.
-    chance, noise = (np.random.default_rng(part) for part in np.random.SeedSequence(
-        [len(SPLITS) + SPLITS.index(split), int(seed)]).spawn(2))  # streams that `glyphs` does not use
-    images, ink = torch.empty(int(n), 1, SIDE, SIDE), torch.empty(int(n), 1, SIDE, SIDE)
-    labels = torch.empty(int(n), dtype=torch.int64)
-    for start in range(0, int(n), _CHUNK):
-        rows = slice(start, min(start + _CHUNK, int(n)))
-        uniform = torch.from_numpy(chance.random((rows.stop - start, 12 + 6 * FRAGMENTS)))
-        labels[rows], ink[rows, 0] = _letters(uniform[:, :6])
-        ground = _ground(uniform[:, 6:10])
-        _strew(ground, uniform[:, 10], uniform[:, 12:].unflatten(1, (FRAGMENTS, 6)))
-        bright = _between(0.75, 1.0, uniform[:, 11, None, None])
-        picture = ground.lerp_(bright.expand_as(ground), ink[rows, 0])
-        picture.add_(torch.from_numpy(noise.standard_normal(picture.shape, dtype=np.float32)), alpha=NOISE)
-        images[rows, 0] = picture.clamp_(0, 1).mul_(2).sub_(1)
-    return images, ink, labels
+    # Row by row, so that clutter(100) is the beginning of clutter(1000); the noise has a stream of its own, and both
+    # are streams that `glyphs` does not use.
+    streams = np.random.SeedSequence([len(SPLITS) + SPLITS.index(split), int(seed)]).spawn(2)
+    chance, noise = map(np.random.default_rng, streams)
+    return (
+        (slice(start, min(start + _CHUNK, n)), *_draw(min(_CHUNK, n - start), chance, noise))
+        for start in range(0, n, _CHUNK)
+    )
+
+
+def _draw(n: int, chance: np.random.Generator, noise: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The next n images (n, 1, 48, 48), ink and labels (n,) of the streams."""
+    uniform = torch.from_numpy(chance.random((n, 12 + 6 * FRAGMENTS)))
+    labels, ink = _letters(uniform[:, :6])
+    picture = _ground(uniform[:, 6:10])
+    _strew(picture, uniform[:, 10], uniform[:, 12:].unflatten(1, (FRAGMENTS, 6)))
+    picture.lerp_(_between(0.75, 1.0, uniform[:, 11, None, None]).expand_as(picture), ink)
+    picture.add_(torch.from_numpy(noise.standard_normal(picture.shape, dtype=np.float32)), alpha=NOISE)
+    return picture.clamp_(0, 1).mul_(2).sub_(1)[:, None], ink[:, None], labels
 
 
 def patches_of(ink: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def sampled(scores: Tensor, cap: int) -> Tensor:
 def adaptive_token_sampling(
     problem: Recognition, rng: Rng, *,
     cap: Annotated[int, Knob(low=1, high=1024, soft=(1, 64), step=1, unit="tokens", small=5,
-                             help="the most tokens that a block may go on with, the class token beside")] = 16,
+                             help="the most tokens that a block may go on with, the class token beside")] = 32,
     first_block: Annotated[int, Knob(low=0, high=48, soft=(0, 12), step=1, small=1, unit="blocks",
                                      help="blocks that all tokens go through before any is dropped")] = 2,
     pick: Annotated[str, Knob(choices=PICKS, help="by the paper's sampling, the best by score, or as many as the "
