@@ -5,9 +5,8 @@ among them: that costs two fifths of the time, and shows it that absent patches 
 the class token every patch is asked which letter it shows, if any; the head that answers for it is not kept.
 
 Measured with ``train --minutes 38 --threads 1`` on one of 2 CPU cores (AVX-512) which much other work shared: 2280
-seconds by the clock, 1331 of them on the core, 5242 steps. The clock gave the first part, whose steps are short, 60 %
-of the time and so 83 % of the steps; where steps are counted (the default) it is 60 % of the steps, which the weights
-that are shipped did not go through.
+seconds by the clock, 1331 of them on the core, 5242 steps. By the clock the first part, whose steps are short, has 60 %
+of the time and so 83 % of the steps; where steps are counted, as by default, it has 60 % of the steps.
 
 Work in progress lies in a temporary folder, and a run that was stopped goes on from there. CUDA is used where present.
 Every file is written under a temporary name and renamed.
