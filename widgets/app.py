@@ -16,8 +16,9 @@ from typing import Any
 import panel as pn
 import param
 
-from widgets.acceptance import acceptance_explorer, tree_explorer
+from widgets.acceptance import acceptance_explorer
 from widgets.editor import schedule_editor
+from widgets.trees import tree_explorer
 from widgets.view import Page, view_of
 from workbench import FAMILIES
 from workbench.problems.glyphs import glyphs

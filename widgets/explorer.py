@@ -25,7 +25,7 @@ import traitlets
 from torch import Tensor
 
 import workbench
-from widgets.live import MAX_SAMPLES, Live, script, told, wish
+from widgets.live import MAX_SAMPLES, Live, bundle, script, told, wish
 from widgets.view import Pane, Stop, View, finite, packed, still, view_of
 from workbench import (
     FAMILIES,
@@ -840,14 +840,7 @@ class Explorer(Live):
         return ExplorerWidget(self)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The widget, and for hosts without it what is shown, as text and as a picture."""
-        if self.is_headless:
-            return self._still()
-        bundle = self.widget._repr_mimebundle_(**kwargs)
-        data, more = bundle if isinstance(bundle, tuple) else (bundle, {})
-        with suppress(Exception):  # the first run, if it comes soon
-            self.wait(1.0)
-        return {**data, **self._still()}, more
+        return bundle(self, **kwargs)
 
     def _still(self) -> dict[str, Any]:
         """What is shown, as plain text and, once there is a run, as PNG."""
@@ -858,7 +851,7 @@ class Explorer(Live):
         lines += [f"{METRICS[name].label}: {q}" for name, q in run.quality.items() if name in METRICS]
         lines += [f"{bar['name']}: {sum(bar['parts']):.4g}" for bar in self.family.costs(run, None)]
         picture = still(self.family.title(run.inputs), self._panes(run))
-        return {"text/plain": "\n".join(lines)} | ({"image/png": _text(picture)} if picture else {})
+        return {"text/plain": "\n".join(lines)} | ({"image/png": picture} if picture else {})
 
 
 class ExplorerWidget(anywidget.AnyWidget):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import pandas
 
 # Okabe-Ito and two more; the markers differ too
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#999933")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A68C8", "#999933")
+INK = "#777777"  # of text and axes on a page whose ground is not known: 4.2 : 1 on black and on white
 MARKERS = ("o", "^", "D", "v", "P", "X", "<", "p")
 COSTS = {"flops": "FLOPs per sample", "evaluations": "evaluations per sample"}
 _LOOK = {"fontsize": {"title": 11, "labels": 10, "legend": 8.5}, "legend_limit": 1000}
@@ -34,8 +35,8 @@ class Figure:
     element: holoviews.core.Dimensioned
     frame: pandas.DataFrame
 
-    def render(self, form: str, dpi: int = 110) -> bytes:
-        """The figure as a file of that form, "png" or "svg"."""
+    def render(self, form: str, dpi: int = 110, is_file: bool = True) -> bytes:
+        """The figure as "png" or "svg": a file, black on white, or for a page, without a ground of its own."""
         hv = _holoviews()
         figure = hv.render(self.element, backend="matplotlib")
         for axes in figure.axes:
@@ -44,12 +45,14 @@ class Figure:
             axes.grid(alpha=0.25)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_minor_formatter("")  # logarithmic axes would name their minor ticks over ours
+        if not is_file:
+            _for_any_ground(figure)
         out = io.BytesIO()
-        figure.savefig(out, format=form, dpi=dpi, bbox_inches="tight", facecolor="white")
+        figure.savefig(out, format=form, dpi=dpi, bbox_inches="tight", facecolor="white" if is_file else "none")
         return out.getvalue()
 
     def _repr_png_(self) -> bytes:
-        return self.render("png")
+        return self.render("png", is_file=False)
 
 
 def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | None = None,
@@ -83,7 +86,7 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
     front = sorted(pareto([*points, *rivals], metric) if cost == "flops" else _pareto([*points, *rivals], metric, cost),
                    key=lambda p: getattr(p, cost))
     layers.append(hv.Curve([(getattr(p, cost), p.value) for p in front], x, y, label="Pareto front").opts(
-        color="#555555", linestyle="--", linewidth=1.2))
+        color=INK, linestyle="--", linewidth=1.2))
     named = [(series(p) if series else p.runs[0].inputs.method, p) for p in points]
     for k, name in enumerate(sorted({name for name, _ in named})):
         draw([p for own, p in named if own == name and p not in rivals], name, **_marked(k))
@@ -131,7 +134,7 @@ def curve_plot(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x_
             drawn += table
             x, y = hv.Dimension("x", label=x_label), hv.Dimension("y", label=y_text)
             if name in guides:
-                layers.append(hv.Curve(table, x, y).opts(color="#888888", linewidth=0.9, linestyle="--"))
+                layers.append(hv.Curve(table, x, y).opts(color=INK, linewidth=0.9, linestyle="--"))
                 layers += [hv.Text(*table[-1][:2], f" {name}", halign="left", fontsize=8) for _ in table[:1]]
                 continue
             look = _marked(names.index(name))
@@ -176,6 +179,26 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
             finally:
                 part.unlink(missing_ok=True)
     return figure
+
+
+def _for_any_ground(figure: Any) -> None:
+    """Legible on light and dark pages alike: what is black becomes INK, white grounds become transparent."""
+    from matplotlib.collections import Collection
+    from matplotlib.colors import to_hex
+    from matplotlib.text import Text
+
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(which="both", color=INK, labelcolor=INK)
+        for part in axes.spines.values():
+            part.set_edgecolor(INK)
+        if legend := axes.get_legend():
+            legend.get_frame().set_facecolor("none")
+    for text in figure.findobj(Text):
+        text.set_color(INK)
+    for marks in figure.findobj(Collection):
+        if any(to_hex(colour) == "#000000" for colour in marks.get_facecolor()):
+            marks.set(facecolor=INK, edgecolor=INK)
 
 
 def _marked(k: int) -> dict[str, Any]:

@@ -7,12 +7,14 @@ what is put into the outbox under the lock is delivered when the lock is let go.
 from __future__ import annotations
 
 import atexit
+import base64
 import logging
 import os
 import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +44,21 @@ def told(error: BaseException) -> str:
         return f"{error.args[0] if error.args else error!r}: no such thing here"[:500]
     text = str(error.args[0]) if error.args else repr(error)
     return (text if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {text}")[:500]
+
+
+def bundle(panel: Any, **kwargs: Any) -> Any:
+    """A panel as a cell's output: its widget, and for hosts without it what is shown, as text and as a picture."""
+    if panel.is_headless:
+        return _encoded(panel._still())
+    made = panel.widget._repr_mimebundle_(**kwargs)
+    data, more = made if isinstance(made, tuple) else (made, {})
+    with suppress(Exception):  # the first picture, if it comes soon
+        panel.wait(1.0)
+    return {**data, **_encoded(panel._still())}, more
+
+
+def _encoded(shown: Mapping[str, Any]) -> dict[str, str]:
+    return {name: base64.b64encode(part).decode() if isinstance(part, bytes) else part for name, part in shown.items()}
 
 
 class Outbox:

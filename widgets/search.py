@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import tempfile
@@ -13,19 +12,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
-
-from widgets.frontier import COLOURS
+from widgets.panel import Panel
+from widgets.view import Pane
+from widgets.view import curve as drawn
 from workbench.run import Cancelled
 from workbench.search import Entry, read_history
 
 Search = Callable[..., Any]
 HEADLESS_CANDIDATES = 5
 FRAME = 0.15  # seconds between two drawings at least
-WIDTH, HEIGHT, LEFT, BOTTOM = 620, 230, 62, 34
 
 
-class SearchPanel(ipywidgets.VBox):
+class SearchPanel(Panel):
     """The panel of one search. Use `search_panel(...)`; as a cell's last line it shows itself.
 
     entries: all candidates so far, also those of former sessions that the history file holds. best: of least fitness,
@@ -44,21 +42,10 @@ class SearchPanel(ipywidgets.VBox):
         self.error: BaseException | None = None
         self.is_finished, self._note = False, ""
         self._stopping, self._thread, self._drawn = threading.Event(), None, 0.0
-
-        self._go = ipywidgets.Button(button_style="primary", tooltip="Start the search, or go on with it")
-        self._halt = ipywidgets.Button(description="Stop",
-                                       tooltip="Stop after the candidate at hand; what is known stays")
-        self._bar = ipywidgets.IntProgress(min=0, max=n_candidates, layout={"width": "260px"},
-                                           tooltip="Candidates evaluated")
-        self._status, self._alert, self._curve, self._found = (ipywidgets.HTML() for _ in range(4))
-        self._go.on_click(lambda _: self.start())
-        self._halt.on_click(lambda _: self.stop())
-        super().__init__([ipywidgets.HTML(f"<b data-testid='search-title'>{html.escape(title)}</b>"),
-                          ipywidgets.HBox([self._go, self._halt, self._bar]), self._status, self._alert, self._curve,
-                          self._found])
-        self.add_class("wb-search")
+        self._open("search", {"spec": {"name": "search", "prefix": "search-", "sliders": []},
+                              "view": {"title": title, "values": {}, "code": "", "error": ""}})
         self._draw()
-        if os.environ.get("WORKBENCH_HEADLESS"):
+        if self.is_headless:
             self._run(lambda: len(self.entries) >= HEADLESS_CANDIDATES)
             if self.error is not None:
                 raise self.error
@@ -74,7 +61,7 @@ class SearchPanel(ipywidgets.VBox):
     def start(self) -> None:
         """Start, or go on where a stop or an error was. Does nothing while the search runs or once it is finished."""
         if self.is_running and self._stopping.is_set():
-            self.wait()
+            self._joined(None)
         if self.is_running or self.is_finished:
             return
         self._stopping.clear()
@@ -85,14 +72,27 @@ class SearchPanel(ipywidgets.VBox):
         """Ask the search to stop; it does so before its next candidate or batch."""
         self._stopping.set()
         if self.is_running:
-            self._halt.disabled = True
+            self._draw(is_running=True)
+
+    def sleep(self) -> None:
+        """As `stop`: a touch of Resume wakes it up."""
+        self.stop()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until the search has stopped or finished. Raises TimeoutError after timeout seconds."""
+        """Until the search has stopped or finished. Raises what it raised, or TimeoutError after timeout seconds."""
+        self._joined(timeout)
+        if self.error is not None:
+            raise self.error
+
+    def _joined(self, timeout: float | None) -> None:
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
                 raise TimeoutError(f"the search still runs after {timeout} s")
+
+    def _receive(self, wish: Mapping[str, Any]) -> None:
+        """{"press": "start" or "stop"}."""
+        {"start": self.start, "stop": self.stop}[wish["press"]]()
 
     def _run(self, is_stopped: Callable[[], bool]) -> None:
         self.error = None
@@ -114,25 +114,25 @@ class SearchPanel(ipywidgets.VBox):
 
     def _draw(self, is_running: bool = False) -> None:
         self._drawn = time.monotonic()
-        n, best = len(self.entries), self.best
-        self._go.description = "Finished" if self.is_finished else "Resume" if n else "Start"
-        self._go.disabled, self._halt.disabled = is_running or self.is_finished, not is_running
-        self._bar.value = min(n, self._n)
-        self._bar.bar_style = "success" if self.is_finished else "danger" if self.error else "info"
+        entries, best = list(self.entries), self.best
+        n = len(entries)
         state = ("running" if is_running else "finished" if self.is_finished else "failed" if self.error
                  else "stopped" if n else "not started")
-        said = [f"{state}: {n} of {self._n} candidates", f"{sum(e.evaluations for e in self.entries):,} evaluations"]
+        said = [f"{state}: {n} of {self._n} candidates", f"{sum(e.evaluations for e in entries):,} evaluations"]
         if best is not None:
             said.append(f"best {self._label} {best.fitness:.4g}")
         said += [f"{name} {value:.4g}" for name, value in self._rivals.items()]
         said += [self._note] if self._note else []
-        self._status.value = (f"<span role='status' data-testid='search-status' data-state='{state}'>"
-                              f"{html.escape('; '.join(said))}</span>")
-        self._alert.value = "" if self.error is None else (
-            "<div role='alert' data-testid='search-error' style='color:#b00020'>"
-            f"{html.escape(f'{type(self.error).__name__}: {self.error}')}</div>")
-        self._curve.value = curve([e.fitness for e in self.entries], self._n, self._rivals, self._label)
-        self._found.value = "" if best is None else table(best.candidate)
+        go = "Finished" if self.is_finished else "Resume" if n else "Start"
+        self._say(
+            panes=[*curve([e.fitness for e in entries], self._n, self._rivals, self._label),
+                   *([] if best is None else [table(best.candidate)])],
+            key=f"{n} {state}", state=state, status="; ".join(said), share=min(n / self._n, 1),
+            error="" if self.error is None else f"{type(self.error).__name__}: {self.error}",
+            buttons=[{"press": "start", "text": go, "help": "Start the search, or go on with it",
+                      "disabled": is_running or self.is_finished},
+                     {"press": "stop", "text": "Stop", "help": "Stop after the candidate at hand; what is known stays",
+                      "disabled": not is_running or self._stopping.is_set()}])
 
 
 def search_panel(search: Search, n_candidates: int, *, path: str | os.PathLike[str] | None = None,
@@ -148,64 +148,36 @@ def search_panel(search: Search, n_candidates: int, *, path: str | os.PathLike[s
     return SearchPanel(search, n_candidates, path=path, rivals=rivals, label=label, title=title)
 
 
-def curve(fitness: Sequence[float], n_candidates: int, rivals: Mapping[str, float], label: str) -> str:
-    """SVG: a dot per candidate, the best so far as a line, rivals as dashed lines; worse ones lie on the upper edge."""
+def curve(fitness: Sequence[float], n_candidates: int, rivals: Mapping[str, float], label: str) -> list[Pane]:
+    """A dot per candidate, the best so far as a line, rivals as dashed lines; worse ones lie on the upper edge."""
     best = list(accumulate(fitness, min))
     shown = [v for v in (*best, *rivals.values()) if math.isfinite(v)]
     if not shown:
-        return ""
+        return []
     is_log = min(shown) > 0
-    scale = math.log10 if is_log else float
-    low, high = scale(min(shown)), scale(max(shown))
-    low, high = low - 0.08 * (high - low or 1), high + 0.3 * (high - low or 1)
-    right, lowest = WIDTH - 12, HEIGHT - BOTTOM
-
-    def x(i: float) -> float:
-        return LEFT + (right - LEFT) * i / max(n_candidates, len(fitness))
-
-    def y(value: float) -> float:
-        at = high if not math.isfinite(value) else min(scale(value) if not is_log or value > 0 else low, high)
-        return lowest - (lowest - 10) * (at - low) / (high - low)
-
+    worst = max(shown) + (max(shown) - min(shown)) / 2
+    at = [(i, v) for i, v in enumerate(best, 1) if math.isfinite(v)]
+    lines: list[dict[str, Any]] = [
+        {"label": "best so far", "x": [i for i, _ in at], "y": [v for _, v in at], "colour": 0, "bare": True}]
+    lines += [{"label": name, "x": [0, n_candidates], "y": [value, value], "faint": True}
+              for name, value in rivals.items() if math.isfinite(value)]
+    marks = [{"x": i, "y": min(v, worst) if v == v else worst, "text": f"candidate {i}: {label} {v:.4g}", "colour": 1}
+             for i, v in enumerate(fitness, 1) if not is_log or v > 0]
     said = f"best {label} so far {best[-1]:.4g} after {len(best)} candidates; " if best else ""
     said += "; ".join(f"{name} {value:.4g}" for name, value in rivals.items())
-    parts = [f"<svg role='img' data-testid='search-curve' data-n='{len(best)}' aria-label='{html.escape(said, True)}' "
-             f"viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' height='{HEIGHT}' font-size='11' fill='currentColor'>",
-             f"<path d='M{LEFT},10V{lowest}H{right}' stroke='currentColor' fill='none' opacity='.5'/>"]
-    marks = [low + (high - low) * k / 3 for k in range(4)]
-    values = [10**at if is_log else at for at in marks]
-    digits = next((d for d in range(2, 12) if len({f"{v:.{d}g}" for v in values}) == 4), 12)  # each another text
-    parts += [f"<text x='{LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:.{digits}g}</text>"
-              for value in values]
-    parts.append(f"<text x='{(LEFT + right) / 2}' y='{HEIGHT - 6}' text-anchor='middle'>candidates</text>")
-    parts += [f"<text x='{x(i)}' y='{lowest + 14}' text-anchor='middle'>{i}</text>" for i in (0, n_candidates)]
-    dots = "".join(f"M{x(i + 1):.1f},{y(v):.1f}h.01" for i, v in enumerate(fitness))
-    parts.append(f"<path d='{dots}' stroke='{COLOURS[4]}' stroke-width='3' stroke-linecap='round' opacity='.6'/>")
-    if best:
-        steps = "".join(f"H{x(i + 1):.1f}V{y(v):.1f}" for i, v in enumerate(best))
-        parts.append(f"<path d='M{x(1):.1f},{y(best[0]):.1f}{steps}' stroke='{COLOURS[0]}' stroke-width='2' "
-                     "fill='none'/>")
-    for k, (name, value) in enumerate(rivals.items()):
-        colour = COLOURS[1 + 2 * (k % 2)]
-        parts.append(f"<path d='M{LEFT},{y(value):.1f}H{right}' stroke='{colour}' stroke-dasharray='6 4' fill='none'/>"
-                     f"<text x='{right}' y='{y(value) - 4:.1f}' text-anchor='end' fill='{colour}'>"
-                     f"{html.escape(name)}</text>")
-    return "".join([*parts, "</svg>"])
+    return [drawn("search-curve", lines, x="candidates", y=label, better="down", log_y=is_log, marks=marks, said=said,
+                  n=len(best))]
 
 
-def table(candidate: Mapping[str, Any]) -> str:
-    """A candidate of S3 (a plan's JSON) or of AutoDiffusion (timesteps, skips) as an HTML table, a row per step."""
+def table(candidate: Mapping[str, Any]) -> Pane:
+    """A candidate of S3 (a plan's JSON) or of AutoDiffusion (timesteps, skips) as a table, a row per step."""
     if "decisions" in candidate:
-        heads = ("step", "from time", "predicts", "order", "relaxation", "expands", "corrector")
+        head = ("step", "from time", "predicts", "order", "relaxation", "expands", "corrector")
         rows = [(i, f"{t:.4g}", d["prediction"], d["expansion"]["order"], d["expansion"]["relaxation"],
                  f"{d['start']} back" if d["start"] else "here", d["corrector"])
                 for i, (t, d) in enumerate(zip(candidate["times"], candidate["decisions"], strict=True), 1)]
     else:
-        heads = ("step", "from time", "skipped blocks")
+        head = ("step", "from time", "skipped blocks")
         rows = [(i, f"{t:.4g}", ", ".join(skips) or "none")
                 for i, (t, skips) in enumerate(zip(candidate["timesteps"], candidate["skips"], strict=True), 1)]
-    head = "".join(f"<th scope='col' style='padding:0 .7em;text-align:left'>{h}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td style='padding:0 .7em'>{html.escape(str(c))}</td>" for c in row) + "</tr>"
-                   for row in rows)
-    return (f"<table data-testid='search-best' style='line-height:1.4'><caption style='text-align:left'>the best so far"
-            f"</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return Pane("search-best", "table", {"head": head, "rows": rows, "caption": "the best so far"})

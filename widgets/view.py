@@ -34,8 +34,9 @@ class Pane:
     """One thing to be drawn: a kind that the front end knows, what it is told as JSON, and numbers beside.
 
     pictures: values (n, H, W[, 3]) uint8, more (n, h, w) uint8 weights laid over them; points: values (n, D) float32;
-    curve: lines [{label, x, y, low, high}], x, y and better ("up" or "down"); bars: items [{label, value, error}];
-    table: head, rows; heat: values (H, W) float32.
+    curve: lines [{label, x, y, low, high}; bare: without marks], marks [{x, y, text, note}], x, y and better ("up" or
+    "down"), log_x, log_y; bars: items [{label, value, error, text; reach: hatched up to it}]; table: head, rows; heat:
+    values (H, W) float32; svg: svg, made here, with texts escaped.
     """
 
     name: str
@@ -348,7 +349,8 @@ def _draw_still(axes: Any, pane: Pane) -> None:
     elif pane.kind == "curve":
         for entry in pane.told["lines"]:
             axes.plot(entry["x"], entry["y"], label=entry["label"], linewidth=1.2)
-        axes.set(xlabel=pane.told["x"], ylabel=pane.told["y"])
+        axes.set(xlabel=pane.told["x"], ylabel=pane.told["y"], xscale="log" if pane.told.get("log_x") else "linear",
+                 yscale="log" if pane.told.get("log_y") else "linear")
         axes.legend(fontsize=6)
     else:
         items = pane.told["items"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import holoviews as hv
+import matplotlib.colors
+import matplotlib.image
+import numpy as np
 import pytest
+from matplotlib.text import Text
 
 import workbench as wb
 from widgets import curve_plot, frontier_plot, save_figure
-from widgets.frontier import _log_ticks
+from widgets.frontier import COLOURS, INK, _for_any_ground, _log_ticks
 from workbench.problems.mixtures import two_modes
 
 
@@ -87,3 +93,28 @@ def test_a_title_is_no_template(title):
     for made, times in ((figure, 2), (frontier_plot(points, "wasserstein_1", title=title), 1)):
         shown = [axes.get_title() for axes in hv.render(made.element, backend="matplotlib").axes]
         assert shown.count(title) == times
+
+
+def contrast(one, other):
+    """WCAG's, of two colours."""
+    def luminance(colour):
+        rgb = np.array(matplotlib.colors.to_rgb(colour))
+        return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_a_figure_on_a_page_is_legible_on_light_and_on_dark():
+    """JupyterLab's grounds are #ffffff and #111111; files stay black on white."""
+    found = wb.points([wb.run("ddim", two_modes(), 0, 500, n_steps=k) for k in (2, 3)], "wasserstein_1")
+    figure = frontier_plot(found, "wasserstein_1", reference=found[-1], label=lambda point: "named")
+    drawn = hv.render(figure.element, backend="matplotlib")
+    texts = [text for text in drawn.findobj(Text) if text.get_text()]
+    assert min(contrast(text.get_color(), "#111111") for text in texts) < 1.5  # as it was drawn
+    _for_any_ground(drawn)
+    for ground in ("#ffffff", "#111111"):
+        assert min(contrast(text.get_color(), ground) for text in texts) > 4
+        assert contrast(INK, ground) > 4 and all(contrast(colour, ground) > 2 for colour in COLOURS)
+    shown, file = (matplotlib.image.imread(io.BytesIO(part)) for part in (figure._repr_png_(), figure.render("png")))
+    assert shown[0, 0, 3] == 0 and (file[0, 0] == 1).all()

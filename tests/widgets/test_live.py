@@ -18,7 +18,7 @@ from explorer_toy import Toy
 import workbench as wb
 from widgets import acceptance_explorer, explorer, tree_explorer
 from widgets.editor import schedule_editor
-from widgets.live import MAX_AWAKE, MAX_SAMPLES, Guard, Live, Outbox
+from widgets.live import MAX_AWAKE, MAX_SAMPLES, Guard, Outbox
 from workbench.problems.decoding import markov
 from workbench.problems.mixtures import two_modes
 from workbench.run import JudgeError
@@ -32,10 +32,6 @@ PANELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def lock_of(panel: Any) -> Guard:
-    return panel._change if isinstance(panel, Live) else panel._lock
-
-
 @pytest.mark.parametrize("name", PANELS)
 def test_nothing_is_published_while_a_lock_is_held(name):
     """Each listener takes the panel's lock in a thread of its own: it would wait for ever for one that is held."""
@@ -43,7 +39,7 @@ def test_nothing_is_published_while_a_lock_is_held(name):
 
     def listener(what: str, value: Any) -> None:
         def take() -> None:
-            with lock_of(panel):
+            with panel._change:
                 pass
 
         thread = threading.Thread(target=take, daemon=True)

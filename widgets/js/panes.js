@@ -127,10 +127,11 @@ function curvePane() {
     draw(pane) {
       const lines = pane.lines.map((entry, k) => ({ points: entry.x.map((x, i) => [x, entry.y[i]]), colour: entry.faint ? "" : colour(entry.colour ?? k), class: entry.faint ? "wb-front" : "wb-curve",
         band: entry.low && entry.x.map((x, i) => [x, entry.low[i], entry.high[i]]) }));
-      const dots = pane.lines.flatMap((entry, k) => (entry.faint ? [] : entry.x.map((x, i) => ({ x, y: entry.y[i], colour: colour(entry.colour ?? k), shape: SHAPES[k % SHAPES.length], text: `${entry.label}: ${short(entry.y[i])}${entry.high ? ` ± ${short(entry.high[i] - entry.y[i])}` : ""} at ${pane.x} ${short(x)}` }))));
+      const dots = pane.lines.flatMap((entry, k) => (entry.faint || entry.bare ? [] : entry.x.map((x, i) => ({ x, y: entry.y[i], colour: colour(entry.colour ?? k), shape: SHAPES[k % SHAPES.length], text: `${entry.label}: ${short(entry.y[i])}${entry.high ? ` ± ${short(entry.high[i] - entry.y[i])}` : ""} at ${pane.x} ${short(x)}` }))));
+      dots.push(...(pane.marks ?? []).map((mark) => ({ ...mark, colour: mark.colour == null ? "" : colour(mark.colour), class: mark.colour == null ? "wb-rival" : "wb-mark" })));
       readings = dots.map((dot) => dot.text);
-      chart.draw({ x: { label: pane.x, log: pane.log_x }, y: { label: pane.y, better: pane.better, low: pane.low, high: pane.high }, lines, points: dots,
-        key: pane.lines.map((entry, k) => (entry.faint ? { name: entry.label, class: "wb-front" } : { name: entry.label, colour: colour(entry.colour ?? k), shape: SHAPES[k % SHAPES.length] })) });
+      chart.draw({ x: { label: pane.x, log: pane.log_x }, y: { label: pane.y, log: pane.log_y, better: pane.better, low: pane.low, high: pane.high }, lines, points: dots,
+        key: pane.lines.map((entry, k) => (entry.faint ? { name: entry.label, class: "wb-front" } : entry.bare ? { name: entry.label, colour: colour(entry.colour ?? k) } : { name: entry.label, colour: colour(entry.colour ?? k), shape: SHAPES[k % SHAPES.length] })) });
     },
   };
 }
@@ -142,8 +143,9 @@ function barsPane() {
     draw(pane) {
       const top = Math.max(...pane.items.map((item) => item.value + (item.error ?? 0)), pane.full ?? 0) || 1;
       node.replaceChildren(h("b", {}, pane.title ?? ""), ...pane.items.map((item) => h("div", { class: item.marked ? "wb-item wb-marked" : "wb-item", title: item.title ?? "" },
-        h("span", {}, item.label), h("div", { class: "wb-track" }, h("span", { style: `width:${clamp((100 * item.value) / top, 0, 100)}%;background:${colour(item.colour ?? 0)}` })),
-        h("span", { class: "wb-value" }, measured(item.value, item.error)))));
+        h("span", {}, item.label), h("div", { class: "wb-track" }, h("span", { style: `width:${clamp((100 * item.value) / top, 0, 100)}%;background:${colour(item.colour ?? 0)}` }),
+          item.reach > item.value ? h("span", { class: "wb-reach", style: `width:${(100 * (item.reach - item.value)) / top}%` }) : null),
+        h("span", { class: "wb-value" }, item.text ?? measured(item.value, item.error)))));
     },
   };
 }
