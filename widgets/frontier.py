@@ -69,7 +69,9 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
     import pandas as pd
 
     hv, m = _holoviews(), METRICS[metric]
-    x, y = hv.Dimension(cost, label=COSTS[cost]), hv.Dimension(metric, label=_axis(m.label, m.unit) + _better(m))
+    side = "higher is better" if m.higher_is_better else "lower is better"
+    x = hv.Dimension(cost, label=COSTS[cost])
+    y = hv.Dimension(metric, label=f"{m.label}{f' ({m.unit})' if m.unit else ''}, {side}")
     rows, layers = [], []
 
     def draw(some: Sequence[Point], name: str, **style: Any) -> None:
@@ -83,8 +85,7 @@ def frontier_plot(points: Sequence[Point], metric: str, *, reference: Point | No
     if log_y:
         points, rivals = [p for p in points if p.value > 0], [p for p in rivals if p.value > 0]
         reference, baseline = (p if p in rivals else None for p in (reference, baseline))
-    front = sorted(pareto([*points, *rivals], metric) if cost == "flops" else _pareto([*points, *rivals], metric, cost),
-                   key=lambda p: getattr(p, cost))
+    front = pareto([*points, *rivals], metric, "cost" if cost == "flops" else cost)
     layers.append(hv.Curve([(getattr(p, cost), p.value) for p in front], x, y, label="Pareto front").opts(
         color=INK, linestyle="--", linewidth=1.2))
     named = [(series(p) if series else p.runs[0].inputs.method, p) for p in points]
@@ -250,20 +251,3 @@ def _setting(point: Point) -> dict[str, Any]:
     i = point.runs[0].inputs
     seeds = " ".join(str(r.inputs.seed) for r in point.runs)
     return {"method": i.method, "problem": i.problem, "n_samples": i.n_samples, "seeds": seeds, **i.knobs}
-
-
-def _pareto(candidates: Sequence[Point], metric: str, cost: str) -> list[Point]:
-    sign = -1 if METRICS[metric].higher_is_better else 1
-    front: list[Point] = []
-    for point in sorted(candidates, key=lambda p: (getattr(p, cost), sign * p.value)):
-        if not front or sign * point.value < sign * front[-1].value:
-            front.append(point)
-    return front
-
-
-def _axis(label: str, unit: str) -> str:
-    return f"{label} ({unit})" if unit else label
-
-
-def _better(metric: Any) -> str:
-    return ", higher is better" if metric.higher_is_better else ", lower is better"

@@ -112,20 +112,22 @@ def _trees(where: str, ranks: tuple[float, ...], values: Values, cost: Callable[
     begin = time.perf_counter()
     budget, depth = int(values["n_nodes"]), int(values["max_depth"])
     fixed = best_widths(ranks, budget, depth)
-    shapes = {"Sequoia": sequoia_within(ranks, budget, depth), "fixed widths": tree_of_widths(fixed),
-              "chain": chain(min(budget, depth))}
+
+    def trees(n: int) -> dict[str, Shape]:
+        return {"Sequoia": sequoia_within(ranks, n, depth),
+                "fixed widths": tree_of_widths(best_widths(ranks, n, depth)), "chain": chain(min(n, depth))}
+
+    shapes = trees(budget)
     aware, speed = best_tree(ranks, cost, per_pass, MAX_NODES, MAX_DEPTH)
     plain = cost(1)
     unit, scale = ("tokens/s", 1.0) if is_measured else ("× plain", plain)
     expected = {name: expected_tokens(shape, ranks) for name, shape in shapes.items()}
     predicted = {name: predict_speed(expected[name], shape, cost, per_pass) for name, shape in shapes.items()}
     speeds = {name: found.tokens_per_second * scale for name, found in predicted.items()}
-    ladder = sorted({*(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)), budget, aware.n_nodes or 1})
-    along: dict[str, list[tuple[int, float, float]]] = {"Sequoia": [], "fixed widths": [], "chain": []}
+    ladder = sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, budget, aware.n_nodes or 1})
+    along: dict[str, list[tuple[int, float, float]]] = {name: [] for name in shapes}
     for n in ladder:
-        for name, shape in (("Sequoia", sequoia_within(ranks, n, depth)),
-                            ("fixed widths", tree_of_widths(best_widths(ranks, n, depth))),
-                            ("chain", chain(min(n, depth)))):
+        for name, shape in trees(n).items():
             tokens = expected_tokens(shape, ranks)
             along[name].append((n, tokens, predict_speed(tokens, shape, cost, per_pass).tokens_per_second * scale))
     spent = time.perf_counter() - begin

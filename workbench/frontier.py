@@ -86,11 +86,14 @@ def paired(a: Point, b: Point, metric: str) -> Quality:
     return Quality(x.value - y.value, stderr, n, df=df)
 
 
-def pareto(candidates: Sequence[Point], metric: str) -> list[Point]:
-    """The points that no other beats in both cost and quality, cheapest first; those without a number take no part."""
+def pareto(candidates: Sequence[Point], metric: str, cost: str = "cost") -> list[Point]:
+    """The points that no other beats in both cost and quality, cheapest first; those without a number take no part.
+
+    cost: the attribute of a point that is its cost.
+    """
     sign = -1 if METRICS[metric].higher_is_better else 1
     front: list[Point] = []
-    for point in sorted(_numbers(candidates), key=lambda p: (p.cost, sign * p.value)):
+    for point in sorted(_numbers(candidates), key=lambda p: (getattr(p, cost), sign * p.value)):
         if not front or sign * point.value < sign * front[-1].value:
             front.append(point)
     return front

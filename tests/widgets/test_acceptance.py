@@ -309,6 +309,24 @@ def test_a_measured_curves_spread_is_shown_and_a_gain_within_it_is_not_claimed()
     assert not re.search(r'"\d+ \(', said(0.0))
 
 
+def test_what_drawing_a_tree_raises_wait_raises():
+    curve, is_broken = CostCurve((1, 65), (0.010, 0.012), (0.0, 0.0)), threading.Event()
+
+    def seconds(n):
+        if is_broken.is_set():
+            raise RuntimeError("no clock")
+        return curve(n)
+
+    panel = tree_explorer(target_seconds=seconds, draft_seconds=0.004)
+    panel.wait(30)
+    is_broken.set()
+    panel.set(n_nodes=5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no clock"):
+            panel.wait(30)
+    assert panel.published["view"]["error"] == "RuntimeError: no clock"
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"n_nodes": 65}, "n_nodes=65: expected 1 to 64"),
     ({"first": 1.5}, "first=1.5: expected 0.05 to 0.95"),

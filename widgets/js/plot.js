@@ -79,7 +79,7 @@ function plotter({ id, label, height = 220, on = {} }) {
     const better = { up: " → better", down: " ← better" };
     grid.append(
       s("text", { x: (box.left + box.right) / 2, y: whole - 6, "text-anchor": "middle" }, `${data.x.label}${data.x.log ? " (log)" : ""}${better[data.x.better] ?? ""}`),
-      s("text", { transform: `translate(13,${(box.top + box.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, `${data.y.label}${better[data.y.better] ?? ""}`));
+      s("text", { transform: `translate(13,${(box.top + box.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, `${data.y.label}${data.y.log ? " (log)" : ""}${better[data.y.better] ?? ""}`));
     node.append(grid);
     for (const entry of lines) {
       const path = (rows) => rows.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" ");
