@@ -185,7 +185,8 @@ def save_figure(figure: Figure, name: str, folder: str | os.PathLike[str] | None
 def _for_any_ground(figure: Any) -> None:
     """Legible on light and dark pages alike: what is black becomes INK, white grounds become transparent."""
     from matplotlib.collections import Collection
-    from matplotlib.colors import to_hex
+    from matplotlib.colors import to_rgba_array
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
     for axes in figure.axes:
@@ -197,9 +198,11 @@ def _for_any_ground(figure: Any) -> None:
             legend.get_frame().set_facecolor("none")
     for text in figure.findobj(Text):
         text.set_color(INK)
-    for marks in figure.findobj(Collection):
-        if any(to_hex(colour) == "#000000" for colour in marks.get_facecolor()):
-            marks.set(facecolor=INK, edgecolor=INK)
+    for mark in figure.findobj(lambda artist: isinstance(artist, Collection | Line2D)):
+        for part in ("facecolor", "edgecolor") if isinstance(mark, Collection) else ("color", "markeredgecolor"):
+            colours = to_rgba_array(getattr(mark, f"get_{part}")())
+            if len(colours) and not colours[:, :3].any():
+                mark.set(**{part: INK})
 
 
 def _marked(k: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.collections import Collection
 from matplotlib.text import Text
 
 import workbench as wb
@@ -116,5 +117,8 @@ def test_a_figure_on_a_page_is_legible_on_light_and_on_dark():
     for ground in ("#ffffff", "#111111"):
         assert min(contrast(text.get_color(), ground) for text in texts) > 4
         assert contrast(INK, ground) > 4 and all(contrast(colour, ground) > 2 for colour in COLOURS)
+    marks = drawn.findobj(Collection)
+    for part in ("get_facecolor", "get_edgecolor"):  # the reference's star and whisker are black in a file
+        assert all(colour[:3].any() for mark in marks for colour in getattr(mark, part)())
     shown, file = (matplotlib.image.imread(io.BytesIO(part)) for part in (figure._repr_png_(), figure.render("png")))
     assert shown[0, 0, 3] == 0 and (file[0, 0] == 1).all()
