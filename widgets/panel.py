@@ -72,7 +72,7 @@ class Panel(Live):
             self._say(error=told(error))
 
     def _receive(self, wish: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Do what is asked, or raise."""
 
     def _say(self, *, panes: Sequence[Pane] | None = None, **news: Any) -> None:
         """Publish the view with these changes."""
@@ -81,9 +81,6 @@ class Panel(Live):
                 self._panes = panes
                 news["panes"] = [{"name": pane.name, "kind": pane.kind, **pane.told} for pane in panes]
             self._outbox.put("view", {**self.published["view"], **news})
-
-    def wait(self, timeout: float) -> None:
-        raise NotImplementedError
 
     @cached_property
     def widget(self) -> PanelWidget:

@@ -81,7 +81,7 @@ def expect_a_search(panel: Locator) -> None:
         stop.click()
     expect(panel.get_by_test_id("search-status")).to_have_attribute(
         "data-state", re.compile("stopped|finished"), timeout=SOON)
-    expect(panel.get_by_test_id("search-error")).to_have_count(0)
+    expect(panel.get_by_test_id("search-error")).to_be_hidden()
 
 
 def is_range(mark: Locator) -> bool:
