@@ -34,7 +34,7 @@ from workbench.quality import (
     proportion,
     ratio,
 )
-from workbench.run import Inputs, Run
+from workbench.runs import Inputs, Run
 from workbench.speculation.engine import Ask
 from workbench.zoo import CLASSES, glyphs, load_classifier
 

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 UI = ("ipywidgets", "panel", "holoviews", "anywidget", "IPython", "bokeh", "ipykernel", "pyviz_comms", "widgets")
 LAZY = ("diffusers", "transformers", "sklearn", "scipy", "matplotlib", "accelerate")
-FORBIDDEN_TO_METHODS = ("time", "random", "numpy.random", "workbench.cost", "workbench.run", "workbench.store", *UI)
+FORBIDDEN_TO_METHODS = ("time", "random", "numpy.random", "workbench.cost", "workbench.runs", "workbench.store", *UI)
 SEEDERS = ("manual_seed", "seed", "manual_seed_all")
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "jupyter-repo2docker": "repo2docker"}
 # What the declared packages are built on, and bring along within the range that fits them.
@@ -119,7 +119,7 @@ def modules_after(statement: str) -> set[str]:
 
 def test_importing_workbench_is_light():
     """Heavy libraries are imported where they are used: a notebook's first import takes seconds otherwise."""
-    assert modules_after("import workbench, workbench.method, workbench.run").isdisjoint({*LAZY, *UI})
+    assert modules_after("import workbench, workbench.registry, workbench.runs").isdisjoint({*LAZY, *UI})
 
 
 def test_weights_are_safetensors_and_small():

@@ -15,10 +15,10 @@ import torch
 
 from workbench import METHODS, Knob, method, testing
 from workbench.family import FAMILIES
-from workbench.method import Method
 from workbench.methods.denoising._march import march
 from workbench.methods.denoising.ddim import ddim_step
 from workbench.problems.denoising import grid
+from workbench.registry import Method
 from workbench.rng import Rng
 from workbench.testing import CHECKS, OF_THE_METHOD, check_method, those_for, unjudged
 

@@ -12,8 +12,8 @@ import torch
 from workbench import family
 from workbench.family import FAMILIES, Family
 from workbench.knob import BoundKnob, Knob
-from workbench.method import METHODS, Step, get, method
 from workbench.pages import family_page
+from workbench.registry import METHODS, Step, get, method
 
 STEPS = BoundKnob("n_steps", int, 20, Knob(low=1, high=1000, unit="steps", small=4, help="steps"))
 SHARE = BoundKnob("share", tuple, (0.5,), Knob(low=0.0, high=1.0, help="shares"))

@@ -15,7 +15,7 @@ from workbench import FAMILIES, METHODS, Counted, Family, Knob, Problem, Quality
 from workbench import family as families
 from workbench.problems.mixtures import two_modes
 from workbench.quality import METRICS, Drawn, Metric, register_metric
-from workbench.run import Run
+from workbench.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)

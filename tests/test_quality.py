@@ -30,7 +30,7 @@ from workbench.quality import (
     register_metric,
     wasserstein_1,
 )
-from workbench.run import JudgeError
+from workbench.runs import JudgeError
 from workbench.zoo import glyphs, load_classifier
 
 

@@ -18,7 +18,7 @@ from workbench import Cancelled, Cost, Inputs, Quality, Run, Store, inputs, run,
 from workbench.problems.decoding import markov
 from workbench.problems.denoising import DiscreteSchedule
 from workbench.problems.mixtures import two_dim, two_modes
-from workbench.run import JudgeError
+from workbench.runs import JudgeError
 
 GIVEN = Inputs("t_stitch", "toy", "d1", "0.1+t_stitch.1", 7, 4, {"n_steps": 20, "fractions": (0.4, 0.25), "eta": 0.5})
 # The canonical form, written by hand: should it ever change, stored runs and shared links would be lost.

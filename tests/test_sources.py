@@ -12,7 +12,7 @@ import pytest
 
 from workbench import METHODS, Store, inputs, run, sources
 from workbench.problems.mixtures import two_modes
-from workbench.run import code_of
+from workbench.runs import code_of
 
 FILES = {
     "__init__.py": "from workbench import everything",

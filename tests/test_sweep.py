@@ -11,7 +11,7 @@ import torch
 from workbench import Cancelled, Memo, Store, inputs, run, sweep, together
 from workbench.cost import Meter
 from workbench.problems.mixtures import two_dim, two_modes
-from workbench.sweep import address
+from workbench.sweeps import address
 
 STEPS, N = 20, 3
 SWITCHES = [k / STEPS for k in range(STEPS + 1)]

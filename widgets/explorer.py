@@ -44,9 +44,9 @@ from workbench import (
 )
 from workbench.cost import Meter, Network
 from workbench.knob import BoundKnob
-from workbench.method import tensors_of
+from workbench.registry import tensors_of
 from workbench.rng import Rng
-from workbench.run import JudgeError, compared, environment
+from workbench.runs import JudgeError, compared, environment
 
 HERE = Path(__file__).parent
 PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "panes.js", "text.js", "strip.js", "shell.js")

@@ -15,7 +15,7 @@ from typing import Any
 from widgets.panel import Panel
 from widgets.view import Pane
 from widgets.view import curve as drawn
-from workbench.run import Cancelled
+from workbench.runs import Cancelled
 from workbench.search import Entry, read_history
 
 Search = Callable[..., Any]

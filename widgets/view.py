@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from workbench import FAMILIES, METHODS, Cost, Inputs, Run, Step, Timing
-from workbench.method import tensors_of
+from workbench.registry import tensors_of
 
 if TYPE_CHECKING:
     from widgets.explorer import Explorer

@@ -7,12 +7,12 @@ from workbench.cost import Cost, Counted, Timing
 from workbench.family import FAMILIES, Family
 from workbench.frontier import cheapest, paired, pareto, points
 from workbench.knob import Knob
-from workbench.method import METHODS, Step, get, method
 from workbench.problem import Problem
 from workbench.quality import METRICS, Metric, Quality, register_metric
-from workbench.run import Cancelled, Inputs, Run, compared, inputs, run, timed
+from workbench.registry import METHODS, Step, get, method
+from workbench.runs import Cancelled, Inputs, Run, compared, inputs, run, timed
 from workbench.store import Store
-from workbench.sweep import Memo, sweep, together
+from workbench.sweeps import Memo, sweep, together
 
 __all__ = [
     "FAMILIES", "METHODS", "METRICS", "Cancelled", "Cost", "Counted", "Family", "Inputs", "Knob", "Memo",

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from workbench.family import FAMILIES
-from workbench.method import METHODS
 from workbench.quality import METRICS, Quality, combined, difference
-from workbench.run import Run
+from workbench.registry import METHODS
+from workbench.runs import Run
 
 
 @dataclass(frozen=True)

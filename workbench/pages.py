@@ -8,7 +8,7 @@ from pathlib import Path
 
 from workbench.family import FAMILIES
 from workbench.knob import BoundKnob
-from workbench.method import METHODS, Method
+from workbench.registry import METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"

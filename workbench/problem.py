@@ -14,7 +14,7 @@ from workbench.quality.statistics import Drawn, Quality
 
 if TYPE_CHECKING:
     from workbench.rng import Rng
-    from workbench.run import Inputs
+    from workbench.runs import Inputs
 
 SHARING = ("batch", "memo", "none")
 

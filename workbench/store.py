@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from workbench.method import METHODS
-from workbench.run import Inputs, Run, code_of
+from workbench.registry import METHODS
+from workbench.runs import Inputs, Run, code_of
 
 _log = logging.getLogger(__name__)
 _PARTS = {"inputs", "cost", "quality", "environment"}

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from workbench.cost import Cost
 from workbench.family import FAMILIES
-from workbench.method import Method, Step, get, tensors_of
 from workbench.problem import Problem
+from workbench.registry import Method, Step, get, tensors_of
 from workbench.rng import Rng
-from workbench.run import Cancelled, inputs, run
+from workbench.runs import Cancelled, inputs, run
 from workbench.store import Store
-from workbench.sweep import together
+from workbench.sweeps import together
 
 CAP = 4_000  # evaluations of one run: settings that cost more are shrunk, whatever the knobs' bounds
 SHRUNK: list[str] = []  # which settings were, for reports

@@ -21,7 +21,7 @@ from workbench.methods.denoising.timesteps import shares_of
 from workbench.problems.glyphs import glyphs
 from workbench.problems.mixtures import eight_modes, two_modes
 from workbench.quality import Quality
-from workbench.run import Cancelled
+from workbench.runs import Cancelled
 from workbench.search import autodiffusion as module
 from workbench.search._history import History
 from workbench.search.autodiffusion import Candidate, Space, autodiffusion, cross, evolve, mutate

@@ -13,7 +13,7 @@ import textwrap
 
 import pytest
 
-from workbench.run import Cancelled
+from workbench.runs import Cancelled
 from workbench.search._history import BudgetSpent, Entry, History, Score, key
 
 SEARCH = {"search": "test", "seed": 0}

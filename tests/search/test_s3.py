@@ -27,7 +27,7 @@ from workbench.problems.glyphs import glyphs
 from workbench.problems.mixtures import two_dim, two_modes
 from workbench.quality import drift, energy_distance
 from workbench.rng import Rng
-from workbench.run import Cancelled, run
+from workbench.runs import Cancelled, run
 from workbench.search.s3 import STRATEGIES, Ranking, Space, confirmed, plan_of, search
 from workbench.search.solver import Drift, FlowError, Judged, exact_flow, run_plans
 

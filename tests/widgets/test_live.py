@@ -21,7 +21,7 @@ from widgets.editor import schedule_editor
 from widgets.live import MAX_AWAKE, MAX_SAMPLES, Guard, Outbox
 from workbench.problems.decoding import markov
 from workbench.problems.mixtures import two_modes
-from workbench.run import JudgeError
+from workbench.runs import JudgeError
 
 PANELS: dict[str, Callable[[], Any]] = {
     "explorer": lambda: explorer(two_modes(), n_samples=4, n_steps=3),

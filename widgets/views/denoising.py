@@ -21,7 +21,7 @@ from workbench.methods.denoising.t_stitch import full_fractions, progress, step_
 from workbench.problems.denoising import grid
 from workbench.problems.glyphs import glyphs
 from workbench.rng import Rng
-from workbench.sweep import address
+from workbench.sweeps import address
 
 if TYPE_CHECKING:
     from widgets.explorer import Explorer

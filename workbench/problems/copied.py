@@ -11,7 +11,7 @@ import torch
 from workbench.methods.denoising.t_stitch import full_fractions, step_counts
 from workbench.problems.denoising import DiscreteSchedule, Schedule, grid
 from workbench.problems.driving import Asked, ShiftedFlow, denoiser, pixels_per_latent
-from workbench.run import Inputs
+from workbench.runs import Inputs
 
 
 class Copied(NamedTuple):

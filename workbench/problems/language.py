@@ -21,7 +21,7 @@ from workbench.speculation.engine import LanguageModel, State, check_room, fitte
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from workbench.run import Inputs
+    from workbench.runs import Inputs
 
 DRAFTS = ("tiny", "small")
 CALIBRATION = (4, 64)  # texts and tokens per text that the target writes to measure acceptance on

@@ -26,7 +26,7 @@ from workbench.problems.fingerprint import digest_of_values
 from workbench.quality import Drawn, Metric, Quality, register_metric
 
 if TYPE_CHECKING:
-    from workbench.run import Run
+    from workbench.runs import Run
 
 register_metric(Metric(
     "test_accuracy", "test accuracy", "", True, 6,

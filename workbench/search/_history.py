@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from workbench.run import Cancelled
+from workbench.runs import Cancelled
 
 
 class BudgetSpent(Exception):

@@ -16,11 +16,11 @@ from itertools import pairwise
 from typing import Any
 
 from workbench import quality
-from workbench.method import get
 from workbench.methods.denoising.timesteps import shares_of
 from workbench.problems.denoising import Denoising, DiscreteSchedule
 from workbench.problems.skipping import skippable, unet_of, variant_name, with_skips
-from workbench.run import Run, run
+from workbench.registry import get
+from workbench.runs import Run, run
 from workbench.search._history import BudgetSpent, Entry, History, Score, key
 
 FITNESS = ("frechet_distance", "wasserstein_1", "energy_distance")  # the first of these that a problem judges

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from workbench.methods.denoising._march import MEMORY
 from workbench.plan import CORRECTORS, MAX_ORDER, PREDICTIONS, RELAXATIONS, Decision, Expansion, Plan, preset_plan
 from workbench.problems.denoising import Point, Schedule, grid, power_grid
-from workbench.run import Cancelled
+from workbench.runs import Cancelled
 from workbench.search._history import Entry, History, Score
 from workbench.search.solver import Fitness
 

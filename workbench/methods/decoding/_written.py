@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 
 from workbench.knob import Knob
-from workbench.method import Step
 from workbench.problems.decoding import Decoding
+from workbench.registry import Step
 from workbench.rng import Rng
 from workbench.speculation.engine import LanguageModel, Warp, speculate
 from workbench.speculation.growing import Grow

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.decoding._written import Draft, Temperature, Tokens, TopK, TopP, TypicalP, written
 from workbench.problems.decoding import Decoding, rank_acceptance
+from workbench.registry import Step, method
 from workbench.rng import Rng
 from workbench.speculation.engine import Warp
 from workbench.speculation.growing import StaticGrower

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.method import Step
 from workbench.problems.denoising import Denoiser, Denoising, Point, Schedule, data_in, noise_in, time_rows
+from workbench.registry import Step
 from workbench.rng import Rng
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.problems.denoising import SPACINGS, Denoising, grid, mixed
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 Steps = Annotated[int, Knob(low=1, high=1000, soft=(1, 50), step=1, unit="steps", small=4,

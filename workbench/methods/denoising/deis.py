@@ -14,10 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.problems.denoising import FINALS, PHASES, Denoising, Point, Schedule, noisiest, power_grid, with_signal
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 VARIANTS = ("tab", "rho_ab", "log_rho_ab", "ipndm", "rho_rk")

@@ -7,11 +7,11 @@ from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._dpm import multistep_step, singlestep_step, stages
 from workbench.methods.denoising._march import march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.problems.denoising import FINALS, Denoising, Point, Schedule, grid
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 Estimate = Annotated[str, Knob(choices=("x0", "eps"), help="which estimate is integrated: of the data (x0, as the ++ "

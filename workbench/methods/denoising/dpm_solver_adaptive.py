@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._dpm import combination, stages
 from workbench.methods.denoising.ddim import Guidance, Which
 from workbench.methods.denoising.dpm_solver import Estimate, Final
 from workbench.problems.denoising import CLEAN, Denoising, Point, Schedule, noisiest, with_signal
+from workbench.registry import Step, method
 from workbench.rng import Rng, of_samples
 
 H_INIT, THETA = 0.05, 0.9  # the first step in log-SNR, and the caution in choosing the next

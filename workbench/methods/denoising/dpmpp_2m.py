@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.problems.denoising import Denoising, grid, mixed
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 

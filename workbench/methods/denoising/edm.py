@@ -9,10 +9,10 @@ from typing import Annotated
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.problems.denoising import Denoising, mixed, noisiest, power_grid, with_signal
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 

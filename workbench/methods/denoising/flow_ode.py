@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.methods.denoising.score_sde import End, Path, Sde, SdeName, SigmaMax, flow_rates, sde_path
 from workbench.problems.denoising import Denoiser, Denoising, Point, mixed, prior_std
+from workbench.registry import Step, method
 from workbench.rng import Rng, of_samples
 
 SOLVERS = {"euler": 1, "rk4": 4, "rk45": 0}  # evaluations per step; adaptive ones have none of their own

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.methods.denoising.score_sde import (
     Condition,
@@ -34,6 +33,7 @@ from workbench.methods.denoising.score_sde import (
 )
 from workbench.problems.denoising import Denoising, Point
 from workbench.problems.mixtures import Mixture
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 Known = Annotated[float, Knob(low=0.0, high=1.0, step=0.05, unit="of the width",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._march import Advance, Evaluated, march
 from workbench.methods.denoising.ddim import Guidance, Steps, Which
 from workbench.problems.denoising import (
@@ -25,6 +24,7 @@ from workbench.problems.denoising import (
     mixed,
     noisiest,
 )
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 SDES = ("vp", "sub_vp", "ve")

@@ -7,11 +7,11 @@ from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._march import march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps
 from workbench.methods.denoising.solvers import MULTISTEP, SOLVERS, nfe  # noqa: F401 (nfe: in the cost formula)
 from workbench.problems.denoising import Denoising, Point, Schedule, grid, split_steps, with_signal
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 BOUNDARIES = ("step", "timestep", "log_snr")

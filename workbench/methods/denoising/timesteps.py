@@ -7,11 +7,11 @@ from itertools import pairwise
 from typing import Annotated
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._march import Solver, march
 from workbench.methods.denoising.ddim import Guidance, ddim_step
 from workbench.methods.denoising.dpmpp_2m import dpmpp_2m_step
 from workbench.problems.denoising import CLEAN, Denoising, Schedule, with_signal
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 SOLVERS: dict[str, Solver] = {"ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}

@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.denoising._dpm import linear, phi
 from workbench.methods.denoising._march import Advance, Evaluated, combined, march
 from workbench.methods.denoising.ddim import Guidance, Spacing, Steps, Which
 from workbench.methods.denoising.dpm_solver import Estimate, Final
 from workbench.problems.denoising import Denoising, Point, grid, with_signal
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.problems.estimation import Rows, fitted, norms, streams
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 SCORES = ("lewis", "root_leverage", "leverage", "uniform")

@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step
 from workbench.problems.learning import Learning, Parameters
+from workbench.registry import Step
 from workbench.rng import Rng
 
 MOMENTUM = 0.9  # of SGD, everywhere

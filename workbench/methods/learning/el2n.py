@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.learning._training import (
     Batch,
     Drop,
@@ -28,6 +27,7 @@ from workbench.methods.learning._training import (
     train_on_kept,
 )
 from workbench.problems.learning import Learning
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from workbench.method import Step, method
 from workbench.methods.learning._training import (
     Batch,
     Drop,
@@ -25,6 +24,7 @@ from workbench.methods.learning._training import (
     train_on_kept,
 )
 from workbench.problems.learning import Learning
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.learning._training import (
     Batch,
     Epochs,
@@ -18,6 +17,7 @@ from workbench.methods.learning._training import (
     training,
 )
 from workbench.problems.learning import Learning
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 VARIANTS = ("without", "with", "static")

@@ -8,7 +8,6 @@ from typing import Annotated
 import torch
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.methods.learning._training import (
     Batch,
     Drop,
@@ -26,6 +25,7 @@ from workbench.methods.learning._training import (
     train_on_kept,
 )
 from workbench.problems.learning import Learning
+from workbench.registry import Step, method
 from workbench.rng import Rng
 
 LAYERS = {"last": "last_norms", "all": "norms"}

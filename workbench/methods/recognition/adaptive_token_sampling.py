@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.knob import Knob
-from workbench.method import Step, method
 from workbench.problems.recognition import Recognition
+from workbench.registry import Step, method
 from workbench.rng import Rng, of_samples
 
 PICKS = ("sampled", "top", "random")

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from workbench.cost import Network
 from workbench.problem import Problem
-from workbench.run import Cancelled, Inputs, Run, inputs, run
+from workbench.runs import Cancelled, Inputs, Run, inputs, run
 from workbench.store import Store
 
 _log = logging.getLogger(__name__)

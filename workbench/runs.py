@@ -19,9 +19,9 @@ import workbench
 from workbench import sources
 from workbench.cost import Cost, Meter, Network, Timing, measure
 from workbench.knob import plain
-from workbench.method import Answer, Method, Step, get, tensors_of
 from workbench.problem import Problem
 from workbench.quality import METRICS, Drawn, Quality, drift
+from workbench.registry import Answer, Method, Step, get, tensors_of
 from workbench.rng import Rng
 
 _FIGURES = ("value", "stderr", "low", "high", "df")  # of a Quality; records of older versions lack the last three
