@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
 
 import pytest
 import torch
+from greenlet import getcurrent, greenlet
 
-from workbench import Cancelled, Memo, Store, inputs, run, sweep, together
+from workbench import METHODS, Cancelled, Knob, Memo, Step, Store, inputs, method, run, sweep, together
 from workbench.cost import Meter
 from workbench.problems.mixtures import two_dim, two_modes
+from workbench.rng import of_samples, samples_of_call
 from workbench.sweeps import address
 
 STEPS, N = 20, 3
@@ -229,24 +236,135 @@ def test_address_tells_names_values_shapes_and_types_apart():
     assert address("a", (x, None)) == address("a", (x,))
 
 
-def test_an_interrupted_sweep_leaves_no_thread(monkeypatch):
-    """Ctrl-C comes into the caller's thread while it evaluates; the runs' threads end with it."""
-    before = threading.active_count()
-    problem, asked = two_modes(), []
+def running():
+    """The greenlets that wait for something."""
+    return [g for g in gc.get_objects() if type(g) is greenlet and g and g is not getcurrent()]
 
-    def interrupted(name, network):
+
+def interrupted(problem, at):
+    """The problem, with Ctrl-C pressed while a network is asked for the `at`-th time."""
+    asked = []
+
+    def wrap(name, network):
         def evaluate(*rows):
             asked.append(name)
-            if len(asked) == 3:
+            if len(asked) == at:
                 raise KeyboardInterrupt
             return network(*rows)
         return evaluate
 
-    for _ in range(3):
-        asked.clear()
-        with pytest.raises(KeyboardInterrupt):
-            sweep("ddim", problem.wrapped(interrupted), {"n_steps": range(2, 30)}, seeds=(0, 1), n_samples=2)
-    assert threading.active_count() == before
+    return problem.wrapped(wrap)
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_an_interrupted_sweep_ends_its_runs_and_keeps_those_that_had_ended(at, tmp_path):
+    threads, waiting, store, problem = threading.active_count(), running(), Store(tmp_path), ungraded(two_modes())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sweep("ddim", interrupted(problem, at), {"n_steps": range(2, 30)}, seeds=(0, 1), n_samples=2, store=store)
+    assert caught.traceback and running() == waiting and threading.active_count() == threads
+    # one call a step for all: those of n steps have ended once n calls are answered
+    assert sorted(r.knobs["n_steps"] for r in store) == sorted([n for n in range(2, at) for _ in (0, 1)])
+    assert len(sweep("ddim", problem, {"n_steps": range(2, 30)}, seeds=(0, 1), n_samples=2, store=store)) == 56
+
+
+@pytest.fixture
+def register():
+    """register(function): a method of the family denoising, with a knob n_steps, for as long as the test runs."""
+    before = dict(METHODS)
+    yield method(version=1, source="here", cost="n_steps", family="denoising")
+    METHODS.clear()
+    METHODS.update(before)
+
+
+Count = Annotated[int, Knob(low=1, high=99, help="how many")]
+
+
+def asking(problem, x):
+    (model,) = problem.models[-1:]
+    return model.network(x, torch.full((len(x),), 0.5, dtype=x.dtype), None)
+
+
+def test_a_run_that_catches_everything_ends_with_the_others(register):
+    @register
+    def stubborn(problem, rng, *, n_steps: Count = 1) -> Iterator[Step]:
+        x = problem.start(rng)
+        for i in range(n_steps):
+            try:
+                asking(problem, x + i)
+            except BaseException:
+                ended.append(i)
+            yield Step(x, {})
+
+    ended: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        sweep("stubborn", interrupted(ungraded(two_modes()), 2), {"n_steps": [5, 6]}, seeds=[0], n_samples=1)
+    assert ended == [1, 2, 3, 4, 5, 1, 2, 3, 4] and not running()
+
+
+MODES = {
+    "grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "cast": partial(torch.autocast, "cpu", torch.bfloat16),
+    "none": nullcontext,
+}
+
+
+def modes():
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"))
+
+
+@pytest.mark.parametrize("mine", MODES)
+def test_no_run_sees_another_ones_torch_modes(register, mine):
+    """Each asks, and rests between steps, in a mode of its own; one raises, which hurts no other."""
+    @register
+    def moody(problem, rng, *, n_steps: Count = 1) -> Iterator[Step]:
+        x, mode = problem.start(rng), list(MODES)[n_steps % len(MODES)]
+        outside = modes()
+        for i in range(n_steps):
+            with MODES[mode]():
+                inside = modes()
+                asking(problem, x + i)
+                right.append(modes() == inside)
+                yield Step(x, {})
+                right.append(modes() == inside)
+                asking(problem, x - i)
+                right.append(modes() == inside)
+                if n_steps == 7:
+                    raise RuntimeError("in the middle")
+            right.append(modes() == outside)
+            asking(problem, x * i)
+            right.append(modes() == outside)
+
+    def watched(name, network):
+        return lambda *rows: told.add(modes()) or network(*rows)
+
+    right, told, done = [], set(), []
+    problem = ungraded(two_modes()).wrapped(watched)
+    with MODES[mine]():
+        before = modes()
+        with pytest.raises(RuntimeError, match="in the middle"):
+            sweep("moody", problem, {"n_steps": range(1, 9)}, seeds=[0], n_samples=2, on_run=done.append)
+        with pytest.raises(Cancelled):
+            sweep("moody", problem, {"n_steps": range(1, 7)}, seeds=[0], n_samples=2, stop=lambda: len(right) > 150)
+        assert modes() == before
+    assert all(right) and len(right) > 150 and {r.knobs["n_steps"] for r in done} == {1, 2, 3, 4, 5, 6, 8}
+    assert told == {(False, *before[1:])}  # networks are asked in the caller's modes, without gradients
+
+
+def test_a_run_has_the_callers_context_and_leaves_none_behind(register):
+    @register
+    def naming(problem, rng, *, n_steps: Count = 1) -> Iterator[Step]:
+        seen.append(samples_of_call())
+        with of_samples([n_steps]):
+            asking(problem, problem.start(rng))
+            seen.append(samples_of_call())
+        yield Step(problem.start(rng), {})
+
+    seen: list[Any] = []
+    with of_samples([0]):
+        sweep("naming", ungraded(two_modes()), {"n_steps": [1, 2]}, seeds=[0], n_samples=3)
+        assert seen == [[0], [0], [1], [2]] and samples_of_call() == [0]
 
 
 def test_a_store_that_cannot_be_written_loses_no_run(tmp_path, caplog):

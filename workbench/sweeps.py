@@ -9,11 +9,13 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -104,115 +106,49 @@ def _nbytes(out: Any) -> int:
 class _Ask:
     """One run's wait for one network output."""
 
-    def __init__(self, name: str, network: Network, rows: tuple[Tensor | None, ...]) -> None:
-        self.name, self.network, self.rows = name, network, rows
-        self.key = address(name, rows)
-        self.out: Tensor | BaseException | None = None
-        self.is_answered = threading.Event()
-
-
-class _Errand:
-    """One run's wait for some other work that the caller's thread is to do."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.work = work
-        self.out: Any = None
-        self.is_answered = threading.Event()
+    def __init__(self, name: str, network: Network, rows: tuple[Tensor | None, ...], key: bytes) -> None:
+        self.name, self.network, self.rows, self.key = name, network, rows, key
+        self.run = getcurrent()
+        self.out: Tensor | Exception | None = None
 
 
 class _Rendezvous:
     """Runs that advance together: once each waits for an output (or has ended), all that is asked is evaluated.
 
-    Equal questions are evaluated once; different ones to one model go in one batch of at most max_rows rows. All heavy
-    work is done in the caller's thread: torch would start further threads for each thread that computes.
+    Each run is a greenlet of the caller's thread, so that the runs need no locks, and what interrupts the caller ends
+    them all. Equal questions are evaluated once; different ones to one model go in one batch of at most max_rows rows.
     """
 
-    def __init__(self, memo: Memo, max_rows: int) -> None:
+    def __init__(self, memo: Memo, max_rows: int, device: str) -> None:
         self._memo, self._max_rows = memo, max_rows
-        self._change = threading.Condition()
-        self._asks: list[_Ask | _Errand] = []
-        self._running = 0
-        self._is_over = False
-
-    def _wait(self, ask: _Ask | _Errand) -> Any:
-        if ask.out is None:
-            with self._change:
-                if self._is_over:
-                    raise Cancelled
-                self._asks.append(ask)
-                self._change.notify_all()
-            ask.is_answered.wait()
-        if isinstance(ask.out, BaseException):
-            raise ask.out
-        return ask.out
+        self._caller, self._as_caller = getcurrent(), _modes({"cpu", torch.device(device).type})
 
     def wrap(self, name: str, network: Network) -> Network:
-        def asked(*rows: Tensor | None) -> Tensor:
-            ask = _Ask(name, network, rows)
-            ask.out = self._memo.get(ask.key)
-            out: Tensor = self._wait(ask)
+        def asked(*rows: Tensor | None) -> Any:
+            key = address(name, rows)
+            out = self._memo.get(key)
+            if out is None:
+                ask = _Ask(name, network, rows, key)
+                with self._as_caller():
+                    self._caller.switch(ask)
+                out = ask.out
+            if isinstance(out, Exception):
+                raise out
             return out
 
         return asked
 
-    def send(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` (which never returns None), done in the caller's thread, one call at a time."""
-        return lambda *args: self._wait(_Errand(partial(function, *args)))
-
     def gather(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run all jobs, each in a thread of its own, until all have ended.
-
-        Where the caller's thread is interrupted (Ctrl-C), every job's next question raises Cancelled in it, the jobs
-        end, and then the interruption goes on.
-        """
-        self._running = len(jobs)
-        threads = [threading.Thread(target=self._work, args=(job,), daemon=True) for job in jobs]
-        asks: list[_Ask | _Errand] = []
-        try:
-            for thread in threads:
-                thread.start()
-            self._serve(asks)
-        except BaseException:
-            with self._change:
-                self._is_over = True
-                waiting = [*asks, *self._asks]
-            for ask in waiting:
-                ask.out = Cancelled()
-                ask.is_answered.set()
-            raise
-        finally:
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-
-    def _serve(self, asks: list[_Ask | _Errand]) -> None:
-        """Answer what the jobs ask until all have ended; `asks` holds what is being answered."""
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: len(self._asks) == self._running)
-                if not self._running:
-                    break
-                asks[:], self._asks = self._asks, []
-            self._answer([ask for ask in asks if isinstance(ask, _Ask)])
-            for errand in asks:
-                if isinstance(errand, _Errand):
-                    self._run(errand)
-            for ask in asks:
-                ask.is_answered.set()
-
-    def _work(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        finally:
-            with self._change:
-                self._running -= 1
-                self._change.notify_all()
-
-    def _run(self, errand: _Errand) -> None:
-        try:
-            errand.out = errand.work()
-        except Exception as error:  # it belongs to the run that asked, which raises it
-            errand.out = error
+        """Run all jobs until all have ended. What a job does not catch, such as Ctrl-C, ends the others and goes on."""
+        runs = [greenlet(job) for job in jobs]
+        with ExitStack() as ends:
+            for run in runs:
+                run.gr_context = copy_context()
+                ends.callback(_end, run)
+            asks = [ask for run in runs if (ask := run.switch()) is not None]
+            while asks:
+                self._answer(asks)
+                asks = [ask for before in asks if (ask := before.run.switch()) is not None]
 
     def _answer(self, asks: Sequence[_Ask]) -> None:
         by_model: dict[str, dict[bytes, _Ask]] = {}
@@ -221,9 +157,8 @@ class _Rendezvous:
         for questions in by_model.values():
             for batch in _batches(list(questions.values()), self._max_rows):
                 self._evaluate(batch)
-        answered = {ask.key: ask.out for questions in by_model.values() for ask in questions.values()}
         for ask in asks:
-            ask.out = answered[ask.key]
+            ask.out = by_model[ask.name][ask.key].out
 
     def _evaluate(self, batch: Sequence[_Ask]) -> None:
         try:
@@ -237,6 +172,31 @@ class _Rendezvous:
         for ask, part in zip(batch, out.split([len(a.rows[0]) for a in batch if a.rows[0] is not None]), strict=True):
             ask.out = kept = part.clone()  # a view would keep the whole batch in memory
             self._memo.put(ask.key, kept)
+
+
+def _end(run: greenlet) -> None:
+    while not run.dead:  # a method may catch it, and ask again
+        run.throw(GreenletExit)
+
+
+def _modes(devices: Iterable[str]) -> Callable[[], ExitStack]:
+    """A context in which torch has the modes that it has here.
+
+    Modes belong to a thread, and so to all its greenlets: one that is left inside torch.no_grad() would take it along.
+    """
+    is_inference, has_grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in devices]
+
+    def entered() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode(is_inference))
+        stack.enter_context(torch.set_grad_enabled(has_grad))
+        for kind, dtype, is_on in casts:
+            if is_on or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype, is_on))
+        return stack
+
+    return entered
 
 
 def _batches(asks: Sequence[_Ask], max_rows: int) -> Iterable[list[_Ask]]:
@@ -279,7 +239,7 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
     problem.check()
     memo = memo if memo is not None else Memo()
     done: dict[str, Run] = {}
-    failed: list[BaseException] = []
+    failed: list[Exception] = []
     unwritten: list[str] = []
     todo: dict[str, Inputs] = {}
     for item in wanted:
@@ -297,7 +257,7 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
                 _keep(store, made, unwritten)
             if on_run is not None:
                 on_run(made)
-        except BaseException as error:  # raised again below, in the caller's thread
+        except Exception as error:  # raised again below, after the others have ended
             failed.append(error)
 
     if problem.sharing != "batch":  # one after the other
@@ -308,8 +268,8 @@ def together(problem: Problem, wanted: Sequence[Inputs], *, memo: Memo | None = 
                 raise failed[0]
         return [done[item.key] for item in wanted]
     for chunk in _chunks(list(todo.values()), at_once):
-        rendezvous = _Rendezvous(memo, max_rows)
-        shared = replace(problem.wrapped(rendezvous.wrap), judge=rendezvous.send(problem.judge))
+        rendezvous = _Rendezvous(memo, max_rows, problem.device)
+        shared = problem.wrapped(rendezvous.wrap)
         rendezvous.gather([partial(job, item, shared) for item in chunk])
         if failed:
             raise next((e for e in failed if not isinstance(e, Cancelled)), failed[0])
