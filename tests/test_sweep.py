@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import torch
 from greenlet import getcurrent, greenlet
@@ -18,7 +20,7 @@ from workbench import METHODS, Cancelled, Knob, Memo, Step, Store, inputs, metho
 from workbench.cost import Meter
 from workbench.problems.mixtures import two_dim, two_modes
 from workbench.rng import of_samples, samples_of_call
-from workbench.sweeps import address
+from workbench.sweeps import _multipliers, address, folded
 
 STEPS, N = 20, 3
 SWITCHES = [k / STEPS for k in range(STEPS + 1)]
@@ -124,6 +126,20 @@ def test_mixed_settings_batch_without_mixing_up(problem):
             torch.testing.assert_close(made.answer, single.answer, rtol=1e-11, atol=1e-11)
 
 
+def test_a_sweep_made_again_asks_for_the_same_batches_in_the_same_order():
+    """Which rows share a batch moves a network's last bits, so it must not depend on chance."""
+    def asked():
+        batches = []
+
+        def watch(name, network):
+            return lambda *rows: batches.append(address(name, rows)) or network(*rows)
+
+        switches(ungraded(two_modes()).wrapped(watch))
+        return batches
+
+    assert asked() == asked()
+
+
 def test_batches_hold_at_most_max_rows():
     problem, sizes = ungraded(two_modes()), []
 
@@ -227,13 +243,69 @@ def test_memo_that_forgets_changes_no_result():
         torch.testing.assert_close(a.answer, b.answer, rtol=1e-12, atol=1e-12)
 
 
+@pytest.fixture(params=["near", "far"])
+def where(request, monkeypatch):
+    """Bits hashed as they are on the CPU, and as they would be on another device."""
+    monkeypatch.setattr("workbench.sweeps._is_near", lambda tensor: request.param == "near")
+
+
+@pytest.mark.usefixtures("where")
 def test_address_tells_names_values_shapes_and_types_apart():
     x = torch.arange(6, dtype=torch.float32)
     asked = [("a", (x,)), ("b", (x,)), ("a", (x + 1e-7,)), ("a", (x.reshape(2, 3),)), ("a", (x.double(),)),
              ("a", (x, x)), ("a", (x.to(torch.bfloat16),)), ("a", (x.int(),)), ("a", (-0.0 * x,)), ("a", (0.0 * x,))]
+    asked += [("a", (x[:3], x[3:])), ("a", (x[:2], x[2:])), ("a", (x, 1.0)), ("a", (x[:0],)), ("a", ())]
+    asked += [("a", (torch.zeros(shape, dtype=dtype),)) for shape in ((), (1,), (1, 1), (2,), (4,), (1024,), (1, 1024))
+              for dtype in (torch.float32, torch.float64, torch.int32, torch.bool, torch.float16)]
     assert len({address(name, rows) for name, rows in asked}) == len(asked)
     assert address("a", (x.reshape(2, 3).T,)) == address("a", (x.reshape(2, 3).T.contiguous(),))
     assert address("a", (x, None)) == address("a", (x,))
+
+
+def check_simple_changes_are_told_apart(fold):
+    """Each bit flipped, each two signs, each two numbers and all orders of the rows: what sums like to overlook."""
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    bits, flat = x.flatten().view(torch.uint8), x.flatten()
+    changed = [bits]
+    for bit in range(8 * len(bits)):
+        changed.append(bits.clone())
+        changed[-1][bit // 8] ^= 1 << bit % 8
+    for i, j in itertools.combinations(range(len(flat)), 2):
+        signs, order = torch.ones(len(flat)), torch.arange(len(flat))
+        signs[[i, j]], order[[i, j]] = -1, order[[j, i]]
+        changed += [(flat * signs).view(torch.uint8), flat[order].view(torch.uint8)]
+    changed += [x[list(rows)].flatten().view(torch.uint8) for rows in itertools.permutations(range(4))][1:]
+    assert len({tuple(fold(c).tolist()) for c in changed}) == len(changed)
+
+
+def test_folding_tells_simple_changes_apart():
+    check_simple_changes_are_told_apart(folded)
+
+
+@pytest.mark.parametrize("broken", [
+    lambda bits: bits.view(torch.int32).sum(0, keepdim=True),
+    lambda bits: (bits.view(torch.int32) * torch.arange(1, 37)).sum(0, keepdim=True),
+    lambda bits: (bits.view(torch.int64) * (_multipliers(32, bits.device)[:, :18] | 1)).sum(1),  # signs cancel
+], ids=["a sum", "small weights", "64-bit words"])
+def test_folding_check_fails_for_a_broken_twin(broken):
+    with pytest.raises(AssertionError):
+        check_simple_changes_are_told_apart(broken)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_folding_is_exact_whatever_the_threads(threads):
+    n = 3_000_001
+    bits = torch.randint(0, 256, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = folded(bits)
+    finally:
+        torch.set_num_threads(before)
+    words = np.frombuffer(bits.numpy().tobytes() + b"\0" * (-n % 4), "<i4").astype(np.int64)
+    multipliers = _multipliers(1 << len(words).bit_length(), bits.device).numpy()[:, : len(words)]
+    assert found.tolist() == (words * multipliers).sum(1).tolist()
+    assert torch.equal(found, folded(bits))
 
 
 def running():
@@ -260,11 +332,11 @@ def interrupted(problem, at):
 def test_an_interrupted_sweep_ends_its_runs_and_keeps_those_that_had_ended(at, tmp_path):
     threads, waiting, store, problem = threading.active_count(), running(), Store(tmp_path), ungraded(two_modes())
     with pytest.raises(KeyboardInterrupt) as caught:
-        sweep("ddim", interrupted(problem, at), {"n_steps": range(2, 30)}, seeds=(0, 1), n_samples=2, store=store)
+        sweep("ddim", interrupted(problem, at), {"n_steps": range(2, 12)}, seeds=(0, 1), n_samples=2, store=store)
     assert caught.traceback and running() == waiting and threading.active_count() == threads
     # one call a step for all: those of n steps have ended once n calls are answered
     assert sorted(r.knobs["n_steps"] for r in store) == sorted([n for n in range(2, at) for _ in (0, 1)])
-    assert len(sweep("ddim", problem, {"n_steps": range(2, 30)}, seeds=(0, 1), n_samples=2, store=store)) == 56
+    assert len(sweep("ddim", problem, {"n_steps": range(2, 12)}, seeds=(0, 1), n_samples=2, store=store)) == 20
 
 
 @pytest.fixture
