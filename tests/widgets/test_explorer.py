@@ -351,6 +351,7 @@ KINDS = [  # methods that do not step along a plain grid of n_steps levels, and 
     ("deis", {"n_steps": 5, "phase": "rho"}, 5),
     ("score_sde", {"n_steps": 6, "sde": "ve", "corrector": "langevin"}, 6),
     ("flow_ode", {"n_steps": 4}, 4),
+    ("flow_ode", {"n_steps": 4, "solver": "rk45"}, 4),
     ("timesteps", {"n_steps": 4, "models": (0.0, 1.0)}, 4),
 ]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from widgets.view import Page, Pane, Stop, View, shows
 from workbench import METHODS, Cancelled, Cost, Inputs, Memo, Run, Step, Timing
 from workbench.cost import Network
 from workbench.methods.denoising.t_stitch import full_fractions, progress, step_counts
-from workbench.problems.denoising import grid
+from workbench.problems.denoising import Denoiser, Point, grid
 from workbench.problems.glyphs import glyphs
 from workbench.rng import Rng
 from workbench.sweeps import address
@@ -26,7 +26,6 @@ from workbench.sweeps import address
 if TYPE_CHECKING:
     from widgets.explorer import Explorer
 
-SAME = 5  # steps after which steps that depend on the data have parted
 TOLERANCES = (0.1, 0.03, 0.01, 0.003, 0.001)  # neighbours where steps are as long as the error allows
 PALETTE = ("S", "B", "L")  # letters with a colour of their own, whichever models stand beside them
 
@@ -122,7 +121,7 @@ class DenoisingView(View):
         self._along.append(step.info["there"].log_snr)
 
     def ended(self, given: Inputs) -> None:
-        if METHODS[given.method].is_bound:
+        if self._walk(given)[1]:
             self._reached[given.key] = self._along
 
     def is_quick(self, step: Step) -> bool:
@@ -202,42 +201,43 @@ class DenoisingView(View):
                 "counts": counts, "owned": owned, "reached": reached, "is_open": is_open}
 
     def _walk(self, given: Inputs) -> tuple[list[tuple[float, int]], bool]:
-        """Each step's (log-SNR at which it first asks a model, that model's index), and whether more is to come.
+        """Each step's (log-SNR that it starts from, its model's index), and whether more is to come.
 
-        The method itself tells, asked without its networks. Where steps depend on the data a run must tell, and before
-        it only the first is known. Raises ValueError where the method refuses these settings.
+        Where a method tells no steps, as they depend on the data, a run must tell; before it only the first is known,
+        by what is asked first. Raises ValueError where the method refuses these settings.
         """
         key = (given.method, *given.knobs.items())
         if key not in self._levels:
-            levels = self._dry(given, 1.0)
-            is_bound = METHODS[given.method].is_bound
-            depends = is_bound and levels[:SAME] != self._dry(given, 0.5, SAME)
-            self._levels[key] = (levels[:1] if depends else levels), depends
+            self._levels[key] = self._told(given)
         levels, depends = self._levels[key]
         if depends and given.key in self._reached:
             first, owner = levels[0]
             return [(at, owner) for at in (first, *self._reached[given.key][:-1])], False
         return levels, depends
 
-    def _dry(self, given: Inputs, gain: float, most: int | None = None) -> list[tuple[float, int]]:
-        """`_walk` on one sample of one entry, with networks that only multiply; at most so many steps."""
-        names, asked = [m.name for m in self.problem.models], []
+    def _told(self, given: Inputs) -> tuple[list[tuple[float, int]], bool]:
+        """`_walk` before a run, on one sample of one entry: the method is followed until it asks a network."""
+        names, told = [m.name for m in self.problem.models], []
 
-        def hollow(name: str, network: Network) -> Network:
-            schedule = self.problem.models[names.index(name)].schedule
+        def tell(points: Sequence[Point], owners: Sequence[Denoiser]) -> None:
+            told.extend((point.log_snr, names.index(owner.name)) for point, owner in zip(points, owners, strict=False))
 
-            def answer(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-                asked.append(schedule.at(float(t[0])).log_snr)
-                return gain * x
+        def ask(name: str, network: Network) -> Network:
+            def asked(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+                raise _Asked(self.problem.models[names.index(name)].schedule.at(float(t[0])).log_snr, names.index(name))
 
-            return answer
+            return asked
 
-        one = replace(self.problem.wrapped(hollow), shape=(1,), labels=lambda n: None, device="cpu")
-        levels = []
-        for step in islice(METHODS[given.method].function(one, Rng(0, 1), **given.knobs), most):
-            levels.append((asked[0], names.index(step.info["model"])))
-            asked.clear()
-        return levels
+        one = replace(self.problem.wrapped(ask), shape=(1,), labels=lambda n: None, device="cpu", tell=tell)
+        try:
+            next(METHODS[given.method].function(one, Rng(0, 1), **given.knobs))
+        except _Asked as first:
+            return told or [first.args], not told
+        return told, False
+
+
+class _Asked(Exception):
+    """A network was asked: (at which log-SNR, the model's index)."""
 
 
 def _differences(ends: Sequence[float]) -> tuple[float, ...]:

@@ -507,6 +507,8 @@ class Denoising(Problem):
     None; sample i's never depends on n, and they are the cases that the judge sees. flops: {model: per row}.
     data(n, seed) -> (n, *shape), n samples of the true law, where it can be drawn from.
     is_latent: states are an autoencoder's codes, of no known range.
+    tell(points, owners): called by a method whose steps do not depend on the data, before it asks a network: the points
+    that its steps lead from and to, one more than steps, and the model that takes each step.
     """
 
     schedule: Schedule
@@ -515,6 +517,7 @@ class Denoising(Problem):
     labels: Callable[[int], Tensor | None]
     data: Callable[[int, int], Tensor] | None = None
     is_latent: bool = False
+    tell: Callable[[Sequence[Point], Sequence[Denoiser]], object] = lambda points, owners: None
     family: ClassVar[str] = "denoising"
     sharing: ClassVar[str] = "batch"  # a row's output follows from that row alone
 

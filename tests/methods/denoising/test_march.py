@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from workbench import METHODS
 from workbench.methods.denoising._march import Evaluated, combined
 from workbench.problems.denoising import ContinuousVP, DiscreteSchedule, Point, grid, mixed, power_grid, time_rows
+from workbench.problems.mixtures import two_dim
+from workbench.rng import Rng
 
 HERE = Point(0.5, 0.8, 0.5)
 X, X0, EPS = (torch.randn(3, 2, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(3))
@@ -67,3 +72,22 @@ def test_linear_combinations():
                           (combined(X, (X0, EPS), (0.5, 0.0, 3.0)), 0.5 * X + 3 * EPS)):
         torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
     assert all(torch.equal(a, b) for a, b in zip(inputs, (X, X0, EPS), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.family == "denoising"])
+def test_methods_tell_their_trajectory_before_they_ask(name):
+    told, asked = [], []
+
+    def watch(model, network):
+        return lambda *rows: asked.append(len(told)) or network(*rows)
+
+    problem = replace(two_dim().wrapped(watch), tell=lambda points, owners: told.append((points, owners)))
+    knobs = METHODS[name].check({"n_steps": 4} if "n_steps" in METHODS[name].knobs else {})
+    steps = list(METHODS[name].function(problem, Rng(0, 2), **knobs))
+    if name == "dpm_solver_adaptive":  # each sample's steps are as long as its data allow
+        assert not told
+        return
+    (points, owners), = told
+    assert set(asked) == {1} and len(points) == len(owners) + 1
+    assert [(p, owner.name) for p, owner in zip(points[1:], owners, strict=True)] == [
+        (step.info["there"], step.info["model"]) for step in steps]

@@ -67,6 +67,7 @@ def march(problem: Denoising, rng: Rng, points: Sequence[Point], owners: Sequenc
     Every sampler starts here, and so from the same law: `Denoising.start` at points[0].
     state: (n_samples, *shape). info: "i", "model", "x0" (the data estimate), "there" (the point reached).
     """
+    problem.tell(points, owners)
     x = problem.start(rng, points[0])
     schedule, labels = problem.schedule, problem.cases_of(rng)
     times = time_rows((owner.level(point, schedule) for owner, point in zip(owners, points, strict=False)), x)

@@ -96,6 +96,7 @@ def flow_ode(problem: Denoising, rng: Rng, *, n_steps: Steps = 20, sde: SdeName 
         yield from march(scaled, rng, points, [asked] * n_steps, flow_step, guidance=guidance, order=SOLVERS[solver])
         return
     solve = _Adaptive(asked, path.sde, problem.cases_of(rng), guidance, tolerance)
+    problem.tell(points, [asked] * n_steps)
     x = scaled.start(rng, points[0])
     for i, (here, there) in enumerate(pairwise(points)):
         x, x0 = solve(x, here.t, there.t)
