@@ -25,7 +25,8 @@ import traitlets
 from torch import Tensor
 
 import workbench
-from widgets.live import MAX_SAMPLES, Live, bundle, script, told, wish
+from widgets.desk import Desk, Pace
+from widgets.live import MAX_SAMPLES, bundle, script, told
 from widgets.view import Pane, Stop, View, finite, packed, still, view_of
 from workbench import (
     FAMILIES,
@@ -42,21 +43,17 @@ from workbench import (
     Timing,
     points,
 )
-from workbench.cost import Meter, Network
+from workbench.cost import Meter
 from workbench.knob import BoundKnob
 from workbench.registry import tensors_of
 from workbench.rng import Rng
 from workbench.runs import JudgeError, compared, environment
 
 HERE = Path(__file__).parent
-PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "panes.js", "text.js", "strip.js", "shell.js")
+PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "head.js", "panes.js", "text.js", "strip.js", "shell.js")
 STYLES = ("explorer.css", "drafts.css")
-PAST = 200  # settings that can be undone
 MAX_RUNS, MAX_RUN_BYTES = 1000, 64_000_000  # remembered; a store keeps all
-QUIET = 0.5  # seconds without a wish before idle work starts: longer than a slow drag stays on one value
 SELDOM = 1.0  # seconds between two frontiers while idle work goes on: each holds all points
-FRAME = 1 / 30  # seconds between two previews of one run
-PREVIEWS = 4  # times as long as a preview took until the next one: they take a fifth of the time at most
 
 
 @dataclass
@@ -71,7 +68,7 @@ class _Score:
     is_stopped: bool = False
 
 
-class Explorer(Live):
+class Explorer(Desk):
     """Live controller of one problem and several methods. Use `explorer(...)`; as a cell's last line it shows itself.
 
     inputs: the settings wanted. run: the Run shown (None before the first). runs: all Runs so far.
@@ -80,6 +77,7 @@ class Explorer(Live):
     With WORKBENCH_HEADLESS set in the environment there is no worker: `set` runs at once and raises.
     """
 
+    quiet = 0.5  # longer than a slow drag stays on one value
     _latest: ClassVar[Explorer | None] = None  # the one last touched: only it computes ahead
 
     def __init__(self, problem: Problem, methods: Sequence[str], *, n_samples: int = 16, seed: int = 0,
@@ -94,7 +92,6 @@ class Explorer(Live):
         self._preset = {**problem.preset, **knobs}
         self._knobs: dict[str, dict[str, Any]] = {}  # last knobs of each method
         self._memo = Memo(128_000_000)
-        self._fresh = False  # whether a network was evaluated since the last look
         watched = problem.wrapped(self._watched)
         self.shared = watched if problem.sharing == "none" else watched.wrapped(self._memo.wrap)
         self._remembered = problem.wrapped(self._memo.recall) if problem.sharing == "batch" else None
@@ -102,18 +99,11 @@ class Explorer(Live):
         self._sizes: dict[str, int] = {}  # bytes of runs
         self.timings: dict[str, Timing] = {}
         self._drawable: dict[str, list[Pane]] = {}  # the panes of runs
-        self._failed: set[str] = set()
-        self._past: list[Inputs] = []
-        self._future: list[Inputs] = []
-        self._gesture: Any = None
         self._score: _Score | None = None
         self._frontier_n = n_samples
         self._pinned: Run | None = None
-        self._status, self._notice, self._ack = "", "", ""
-        self._error: BaseException | None = None
-        self._open("explorer", {"view": {}, "frontier": {}, "frame": b"", "pinned": b"", "reply": {}, "detail": {}})
+        self._open("explorer", {"frontier": {}, "frame": b"", "pinned": b"", "detail": {}})
         self._revision, self._frontier_is_old, self._frontier_at = 0, False, -math.inf
-        self._touched, self._is_idle = 0.0, False
         self.run: Run | None = None
         self.family: View = view_of(problem.family)(self)
         self.inputs = self._start = self._inputs(self.methods[0], seed, n_samples, {})
@@ -128,10 +118,6 @@ class Explorer(Live):
         """All Runs so far, also those made while idle; "drift" is among their quality once the reference is known."""
         with self._change:
             return list(self._runs.values())
-
-    @property
-    def view(self) -> dict[str, Any]:
-        return self.published["view"]
 
     @property
     def frontier(self) -> dict[str, Any]:
@@ -154,13 +140,7 @@ class Explorer(Live):
             if self._frontier_is_old:
                 self._publish_frontier()
             return
-        with self._change:
-            ready = self._change.wait_for(
-                lambda: self._error or (self._is_shown and (not idle or self._is_idle)), timeout)
-            if self._error is not None:
-                raise self._error
-            if not ready:
-                raise TimeoutError(f"not shown after {timeout} s: {self.inputs}")
+        self._await(lambda: self._is_shown and (not idle or self._is_idle), timeout, self.inputs)
 
     def text_frame(self, panes: list[Pane]) -> str:
         """Panes as text, for what is told once."""
@@ -174,18 +154,6 @@ class Explorer(Live):
     def publish(self, name: str, value: Any) -> None:
         """Tell the front end something of the view's own."""
         self._publish(name, value)
-
-    def undo(self) -> None:
-        """Back to the settings before; nothing happens where there are none."""
-        self._travel(self._past, self._future)
-
-    def redo(self) -> None:
-        """Forward again after `undo`."""
-        self._travel(self._future, self._past)
-
-    def reset(self) -> None:
-        """The settings that the explorer was opened with; `undo` brings the others back."""
-        self._move(self._start)
 
     def pin(self) -> None:
         """Keep the shown run beside those that follow."""
@@ -271,12 +239,9 @@ class Explorer(Live):
 
     # ---------------------------------------------------------------- the front end's side
 
-    def receive(self, intent: Mapping[str, Any]) -> None:
-        """One wish of the front end, a dict with "id" and "kind". What cannot be is shown as a notice, never raised."""
-        intent = wish(intent)
-        self._ack, self._notice = intent["id"], ""
-        actions: dict[str, Callable[[], object]] = {
-            "undo": self.undo, "redo": self.redo, "reset": self.reset, "pin": self.pin, "unpin": self.unpin,
+    def _actions(self, intent: Mapping[str, Any]) -> Mapping[str, Callable[[], object]]:
+        return {
+            "pin": self.pin, "unpin": self.unpin,
             "stop_score": self.stop_score,
             "set": lambda: self._set(intent.get("state", {}), dict(intent.get("knobs", {})), intent.get("gesture")),
             "load": lambda: self.load(intent["link"]),
@@ -289,19 +254,6 @@ class Explorer(Live):
             "csv": lambda: self._reply(intent, text=self.csv()),
             "peek": lambda: self._reply(intent, frame=_text(self._frame(self._runs[intent["key"]]))),
         }
-        try:
-            actions[intent["kind"]]()
-        except Exception as error:  # whatever it was asked for: the sliders live on
-            self._notice = told(error)
-        if self._notice or self.view.get("ack") != self._ack:
-            self._publish_view()
-
-    def _reply(self, intent: Mapping[str, Any], **content: Any) -> None:
-        self._publish("reply", {"id": intent["id"], "kind": intent["kind"], **content})
-
-    def _publish_view(self) -> None:
-        with self._change:  # put inside, so that an older view never follows a newer one; sent once this is let go
-            self._outbox.put("view", self._view())
 
     def _publish_frontier(self, stop: Stop | None = None) -> None:
         with self._change:
@@ -344,28 +296,17 @@ class Explorer(Live):
             wanted = self._inputs(method, seed, n_samples, knobs)
         self._move(wanted, gesture)
 
+    @property
+    def _settings(self) -> Inputs:
+        return self.inputs
+
     def _move(self, wanted: Inputs, gesture: Any = None) -> None:
-        """Make `wanted` the settings. Moves of one gesture (one drag) are one step of the history."""
         self.family.check(wanted)  # raises for what the method or the problem refuses
-        with self._change:
-            if wanted != self.inputs:
-                if gesture is None or gesture != self._gesture:
-                    self._past.append(self.inputs)
-                    del self._past[:-PAST]
-                self._future.clear()
-            self._gesture = gesture
-            self._go(wanted)
+        super()._move(wanted, gesture)
+
+    def _moved(self, wanted: Inputs) -> None:
         if not self.is_headless:
             self._glimpse(wanted)
-        self._publish_view()
-
-    def _travel(self, source: list[Inputs], target: list[Inputs]) -> None:
-        with self._change:
-            if source:
-                target.append(self.inputs)
-                self._gesture = None
-                self._go(source.pop())
-        self._publish_view()
 
     def _go(self, wanted: Inputs) -> None:
         if wanted == self.inputs and self._error is None:
@@ -390,60 +331,25 @@ class Explorer(Live):
         return self.run is not None and self.run.inputs == self.inputs
 
     def _wake(self, quiet: bool = True) -> None:
-        """Overtake whatever is under way. quiet: idle work waits until the hand rests."""
-        with self._change:
-            self._generation += 1
-            self._error, self._is_idle, self._status = None, False, ""
-            self._touched = time.monotonic() if quiet else 0.0
-            Explorer._latest = self
-            self._change.ring()
-        if self.is_headless:
-            self._show(lambda: False)
-            self._publish_frontier()
-        self._rouse()
+        Explorer._latest = self
+        super()._wake(quiet)
+
+    def _at_once(self) -> None:
+        self._show(lambda: False)
+        self._publish_frontier()
 
     def _release(self) -> None:
         self._memo.clear()
         self._drawable.clear()
         self.family.releases()
 
-    def _turn(self) -> float:
-        with self._change:
-            generation = self._generation
-            task = self._show if not self._is_shown and self._error is None else None
-            if task is None:
-                rest = self._touched + QUIET - time.monotonic()
-                if rest > 0:
-                    return rest
-                try:
-                    task = self._task() if self._error is None else None
-                except Exception as error:  # of what nobody asked for: said, and idle work ends here
-                    self._idle_fault(error)
-                if self._frontier_is_old and (task is None or time.monotonic() - self._frontier_at > SELDOM):
-                    task = self._publish_frontier
-                if task is None:
-                    if not self._is_idle:
-                        self._is_idle = True
-                        self._status = ""
-                        self._publish_view()
-                    self._change.notify_all()
-                    return 5.0
-        try:
-            task(lambda: self._generation != generation)
-        except Cancelled:
-            pass
-        except Exception as error:  # kept for wait() and shown; the sliders live on
-            with self._change:
-                if generation == self._generation:
-                    self._error = error
-                self._publish_view()
-                self._change.notify_all()
-        return 0.0
+    def _asked(self) -> Callable[[Stop], object] | None:
+        return None if self._is_shown else self._show
 
-    def _idle_fault(self, error: Exception) -> None:
-        """Something computed ahead failed: no error of the user's. It is named in the notice."""
-        self._notice = f"computing ahead: {told(error)}"
-        self._publish_view()
+    def _next(self) -> Callable[[Stop], object] | None:
+        task = super()._next()
+        is_due = task is None or time.monotonic() - self._frontier_at > SELDOM
+        return self._publish_frontier if self._frontier_is_old and is_due else task
 
     def _show(self, overtaken: Stop) -> None:
         """Run the settings wanted, with previews on the way, and show the result."""
@@ -468,18 +374,13 @@ class Explorer(Live):
             self._change.notify_all()  # those who wait see all of it
 
     def _run_with_previews(self, wanted: Inputs, overtaken: Stop) -> Run:
-        drawn, interval = -math.inf, FRAME
-        self._fresh = False
+        pace, self._fresh = Pace(), False
 
         def on_step(step: Step, cost: Cost) -> None:
-            nonlocal drawn, interval
             is_last = step.info["i"] + 1 == self.family.n_steps(wanted)  # the finished run is drawn by `_show`
             # steps answered from memory take no time: `_glimpse` has shown how far they reach
-            if self._fresh and not is_last and not overtaken() and time.monotonic() - drawn >= interval:
-                before = time.monotonic()
-                self._preview(wanted, step)
-                first, drawn = math.isinf(drawn), time.monotonic()
-                interval = FRAME if first else max(FRAME, PREVIEWS * (drawn - before))  # the first may load libraries
+            if self._fresh and not is_last and not overtaken():
+                pace.draw(lambda: self._preview(wanted, step))
             self._fresh = False
 
         return self._made(wanted, lambda: self._is_closed or overtaken(), on_step)
@@ -557,20 +458,6 @@ class Explorer(Live):
     def _is_missing(self, wanted: Inputs) -> bool:
         return wanted.key not in self._runs and wanted.key not in self._failed
 
-    def _apart(self, name: str, status: str, work: Callable[[], None]) -> None:
-        self._tell(status)
-        self._unasked(name, work)
-
-    def _unasked(self, key: str, work: Callable[[], None]) -> None:
-        """Do something that nobody asked for. What fails is named once and not tried again; all else goes on."""
-        try:
-            work()
-        except Cancelled:
-            raise
-        except Exception as error:
-            self._failed.add(key)
-            self._idle_fault(error)
-
     def _fill(self, wanted: Inputs, stop: Stop, status: str) -> None:
         """Make a run that nobody asked for, or find it."""
         self._apart(wanted.key, status, lambda: self.obtain(wanted, stop))
@@ -646,17 +533,6 @@ class Explorer(Live):
                 self._frontier_n = run.inputs.n_samples
         self._publish_frontier()
         self._tell("")
-
-    def _tell(self, status: str) -> None:
-        self._status = status
-        self._publish_view()
-
-    def _watched(self, name: str, network: Network) -> Network:
-        def watched(*rows: Tensor | None) -> Tensor:
-            self._fresh = True
-            return network(*rows)
-
-        return watched
 
     def _known(self, wanted: Inputs) -> Run | None:
         """A run that need not be made: remembered or stored. What is to be shown must be drawable too."""
@@ -794,10 +670,9 @@ class Explorer(Live):
         i, score = self.inputs, self._score
         reference = self.reference(self.run.inputs) if self.run else None
         return {
-            "ack": self._ack, "is_stale": not self._is_shown, "status": self._status, "notice": self._notice,
-            "error": "" if self._error is None else f"{type(self._error).__name__}: {self._error}",
+            **self._said, "is_stale": not self._is_shown,
             "state": {"method": i.method, "knobs": dict(i.knobs), "seed": i.seed, "n_samples": i.n_samples},
-            "strip": self.family.trajectory(i), "can_undo": bool(self._past), "can_redo": bool(self._future),
+            "strip": self.family.trajectory(i),
             "shown": self._card(self.run) if self.run else None,
             "pinned": self._card(self._pinned) if self._pinned else None,
             "reference": self._card(reference) if reference else None,

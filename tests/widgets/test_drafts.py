@@ -214,7 +214,7 @@ def test_a_steady_drag_still_shows_text() -> None:
 
 
 def test_remembered_settings_are_shown_before_set_returns_and_ask_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("widgets.explorer"), "QUIET", 60)  # no idle work
+    monkeypatch.setattr(Explorer, "quiet", 60)  # no idle work
     asked: list[str] = []
     e = explorer(problem(0, asked), ("spectr",), n_tokens=20)
     e.wait()

@@ -12,7 +12,8 @@ import torch
 from explorer_toy import Toy
 
 import workbench
-from widgets.editor import ARMS, Flow, _options, errors_on_seeds, schedule_editor
+from widgets.editor import ARMS, errors_on_seeds, schedule_editor
+from widgets.steps import options
 from workbench.methods.denoising.usf import run_plan
 from workbench.plan import PRESETS, Decision, Expansion, Plan, preset_plan
 from workbench.problems.denoising import SPACINGS, ContinuousVP, grid, noisiest
@@ -20,6 +21,7 @@ from workbench.problems.mixtures import two_dim, two_modes
 from workbench.quality import drift
 from workbench.rng import Rng
 from workbench.search.solver import exact_flow
+from workbench.search.truth import Flow
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_it_opens_on_the_preset_and_shows_what_a_bare_run_of_the_plan_answers(he
     assert e.plan == preset_plan("unipc_bh2", grid(problem.schedule, 6, "log_snr"))
     found = e.answers["yours"]
     assert (found.state == answer_of(problem, e.plan, seed=3)).all() and found.evaluations == 6
-    assert header(e.published["yours"])["shape"] == [8, 1]
+    assert header(e.published["yours"])["panes"][0]["values"]["shape"] == [8, 1]
     assert e.answers["preset"].error == found.error and "best" not in e.view["arms"]
 
 
@@ -138,7 +140,7 @@ def test_the_end_is_a_mark_where_the_plan_ends_at_a_level(headless: None) -> Non
 def test_every_option_offered_is_taken_and_every_one_refused_is_refused_with_its_reason(headless: None) -> None:
     e = schedule_editor(two_modes(), n_steps=5, preset="unipc_bh2", n_samples=4)
     start, seen = e.plan, {True: 0, False: 0}
-    for i, fields in enumerate(_options(start.decisions, True)):
+    for i, fields in enumerate(options(start.decisions, True)):
         for name, values in fields.items():
             for value, why in values:
                 e.load(start)
@@ -146,9 +148,9 @@ def test_every_option_offered_is_taken_and_every_one_refused_is_refused_with_its
                 assert bool(why) == bool(notice), (i, name, value, why, notice)
                 seen[bool(why)] += 1
     assert seen[True] > 10 and seen[False] > 50
-    reasons = dict(_options(start.decisions, True)[1]["order"])
+    reasons = dict(options(start.decisions, True)[1]["order"])
     assert reasons[1] == reasons[2] == "" and reasons[3] == "step 2 has 1 earlier evaluation to look back on"
-    assert "into the data" in _options(start.decisions, True)[4]["order"][1][1]
+    assert "into the data" in options(start.decisions, True)[4]["order"][1][1]
 
 
 def test_steps_are_added_and_removed_and_orders_fit_the_history_that_is_left(headless: None) -> None:

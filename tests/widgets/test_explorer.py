@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import struct
 import time
@@ -66,7 +65,7 @@ def test_the_answer_shown_is_the_answer_of_a_bare_run_although_work_is_shared() 
 
 
 def test_a_moved_switch_point_asks_only_for_the_steps_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("widgets.explorer"), "QUIET", 60)  # no idle work
+    monkeypatch.setattr(Explorer, "quiet", 60)  # no idle work
     toy = Toy(seconds=0.002)
     e = explorer(toy.problem, fractions=(0.5,))
     e.wait()

@@ -31,22 +31,24 @@ const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 
 function short(x, digits = 3) {
   if (x === 0) return "0";
-  const size = Math.abs(x);
-  if (size >= 1e4 || size < 1e-3) {
-    const unit = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([scale]) => size >= scale);
-    return unit ? `${+(x / unit[0]).toPrecision(digits)} ${unit[1]}` : x.toExponential(1);
-  }
-  return `${+x.toPrecision(digits)}`;
+  const [size, rounded] = [Math.abs(x), +x.toPrecision(digits)];
+  const unit = size < 1e4 ? null : [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([scale]) => size >= scale);
+  return minus(unit ? `${+(x / unit[0]).toPrecision(digits)} ${unit[1]}` : size < 1e-3 ? rounded.toExponential() : `${rounded}`);
 }
+
+const minus = (text) => text.replaceAll("-", "−");
+const signed = (x, digits = 2) => minus(x.toFixed(digits));
 
 // The value with as many decimals as its standard error has meaning.
 function measured(value, stderr) {
-  if (stderr == null) return `${short(value)}`;
-  const decimals = stderr > 0 ? clamp(1 - Math.floor(Math.log10(stderr)), 0, 5) : 3;
-  return `${value.toFixed(decimals)} ± ${stderr.toFixed(decimals)}`;
+  const isTiny = Math.abs(value) < 1e-3 && !(stderr >= 1e-3);
+  if (stderr == null || (isTiny && !stderr)) return short(value);
+  if (isTiny) return `${short(value, 2)} ± ${short(stderr, 1)}`;
+  const decimals = stderr > 0 ? clamp(1 - Math.floor(Math.log10(stderr)), 0, 6) : 3;
+  return `${signed(value, decimals)} ± ${stderr.toFixed(decimals)}`;
 }
 
-const words = (name) => name.replaceAll("_", " ");
+const words = (name) => String(name).replaceAll("_", " ");
 
 const plural = (n, word) => `${n} ${n === 1 ? word : word.endsWith("s") ? `${word}es` : `${word}s`}`;
 const decode64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -85,6 +87,19 @@ function painter() {
   };
   redraw.stop = () => cancelAnimationFrame(due);
   return redraw;
+}
+
+// Show the root, hear what the model says, and call again() when the size has changed; what ends all this.
+function attend(model, el, root, on, again) {
+  const watcher = new ResizeObserver(again);
+  for (const [event, callback] of Object.entries(on)) model.on(event, callback);
+  root.addEventListener("keydown", (event) => event.stopPropagation()); // JupyterLab would take Enter and the arrows away
+  el.append(root);
+  watcher.observe(root);
+  return () => {
+    watcher.disconnect();
+    for (const [event, callback] of Object.entries(on)) model.off?.(event, callback);
+  };
 }
 
 // ------------------------------------------------------------------------------------------------ files and clipboard

@@ -2,19 +2,19 @@
 
 const MERGE_MS = 800; // keys pressed faster than this are one step of the history
 
-function connect(model, { restate, waiting, isOnRelease }) {
+// part: the settings in the view, of which the hand has a copy of its own, ahead of Python's.
+function connect(model, { restate, waiting, part = "state", isOnRelease = () => false }) {
   const client = Math.random().toString(36).slice(2, 8);
   const queue = [];
   let [pending, serial, timer, held, gesture] = ["", 0, 0, 0, 0];
   let lastKey = { name: "", time: 0 };
   let unsent = null; // changes made while the hand holds a slider that updates on release
-  const link = { client, local: structuredClone(model.get("view").state) }; // the settings as the hand has them
+  const link = { client, local: structuredClone(model.get("view")[part]) };
 
   link.ask = (intent) => {
     const last = queue.at(-1);
-    if (intent.kind === "set" && last?.kind === "set" && last.gesture === intent.gesture) {
-      Object.assign(last.state, intent.state);
-      Object.assign(last.knobs, intent.knobs);
+    if (intent.gesture && last?.kind === intent.kind && last.gesture === intent.gesture) {
+      for (const [name, value] of Object.entries(intent)) last[name] = value?.constructor === Object ? { ...last[name], ...value } : value;
     } else if (intent.kind === "select" && last?.kind === "select") last.item = intent.item;
     else queue.push(intent);
     pump();
@@ -49,24 +49,26 @@ function connect(model, { restate, waiting, isOnRelease }) {
     lastKey = { name, time: now };
   };
 
-  link.change = (part) => {
-    Object.assign(link.local, part.state);
-    Object.assign(link.local.knobs, part.knobs);
+  link.gesture = () => `${client}-${gesture}`;
+
+  link.change = (news) => {
+    Object.assign(link.local, news.state);
+    Object.assign(link.local.knobs, news.knobs);
     restate();
-    if (held && isOnRelease()) unsent = { state: { ...unsent?.state, ...part.state }, knobs: { ...unsent?.knobs, ...part.knobs } };
-    else link.ask({ kind: "set", state: { ...part.state }, knobs: { ...part.knobs }, gesture: `${client}-${gesture}` });
+    if (held && isOnRelease()) unsent = { state: { ...unsent?.state, ...news.state }, knobs: { ...unsent?.knobs, ...news.knobs } };
+    else link.ask({ kind: "set", state: { ...news.state }, knobs: { ...news.knobs }, gesture: link.gesture() });
   };
 
   link.hold = () => {
     held += 1;
-    gesture += 1;
+    link.begin();
     const release = () => {
       removeEventListener("pointerup", release, true);
       removeEventListener("pointercancel", release, true);
       held -= 1;
-      const part = unsent;
+      const news = unsent;
       unsent = null;
-      if (part) link.change(part);
+      if (news) link.change(news);
       link.settle();
     };
     addEventListener("pointerup", release, true);
@@ -79,7 +81,7 @@ function connect(model, { restate, waiting, isOnRelease }) {
   // Python's settings are the hand's again, once nothing is under way.
   link.settle = () => {
     if (link.isAhead()) return false;
-    link.local = structuredClone(model.get("view").state);
+    link.local = structuredClone(model.get("view")[part]);
     restate(true);
     return true;
   };

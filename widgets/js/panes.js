@@ -36,7 +36,8 @@ function drawPictures(canvas, pane) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-// Samples that are no pictures: a histogram (one axis) or a scatter (the first two axes), over the reference's samples.
+// Samples that are no pictures: a histogram (one axis) or a scatter (the first two axes), over samples of the true law or of the
+// reference. Where these are known the window is theirs, so that it stays where it is while a hand moves.
 function drawPoints(canvas, pane, under) {
   const ratio = window.devicePixelRatio || 1;
   const [width, height] = [canvas.clientWidth || 120, canvas.clientHeight || 120];
@@ -47,8 +48,8 @@ function drawPoints(canvas, pane, under) {
   const [dim] = pane.values.shape.slice(1);
   const column = (p, axis) => Array.from({ length: p.values.shape[0] }, (_, i) => p.values[i * dim + axis]);
   const range = (axis) => {
-    const all = [...column(pane, axis), ...(under ? column(under, axis) : [])].sort((a, b) => a - b);
-    const pad = (all.at(-1) - all[0]) * 0.05 || 1;
+    const all = column(under ?? pane, axis).sort((a, b) => a - b);
+    const pad = (all.at(-1) - all[0]) * 0.12 || 1;
     return [all[0] - pad, all.at(-1) + pad];
   };
   const style = getComputedStyle(canvas);
@@ -58,18 +59,24 @@ function drawPoints(canvas, pane, under) {
   const across = (x) => left + ((x - xs[0]) / (xs[1] - xs[0])) * (right - left);
   pen.fillStyle = pen.strokeStyle = style.color;
   pen.textAlign = "center";
-  for (const [tick, text] of named(niceTicks(...xs, 5), short)) pen.fillText(text, clamp(across(tick), 14, width - 14), height - 5);
+  for (const [tick, text] of named(niceTicks(...xs, width < 180 ? 3 : 5), short)) pen.fillText(text, clamp(across(tick), 14, width - 14), height - 5);
   pen.globalAlpha = 0.4;
   pen.strokeRect(left, top, right - left, bottom - top);
+  pen.beginPath();
+  pen.rect(left, top, right - left, bottom - top);
+  pen.clip();
   if (dim === 1) {
     const bins = 40;
     const counts = (f) => {
       const tally = new Array(bins).fill(0);
-      for (const x of column(f, 0)) tally[clamp(Math.floor(((x - xs[0]) / (xs[1] - xs[0])) * bins), 0, bins - 1)] += 1 / f.values.shape[0];
+      for (const x of column(f, 0)) {
+        const bin = Math.floor(((x - xs[0]) / (xs[1] - xs[0])) * bins);
+        if (bin >= 0 && bin < bins) tally[bin] += 1 / f.values.shape[0];
+      }
       return tally;
     };
     const [own, other] = [counts(pane), under ? counts(under) : []];
-    const tallest = Math.max(...own, ...other);
+    const tallest = under ? 1.4 * Math.max(...other) : Math.max(...own);
     const bar = (right - left) / bins;
     pen.globalAlpha = 1;
     pen.fillStyle = "#56b4e9";

@@ -16,11 +16,17 @@ function marker(shape, x, y, r) {
   return s("circle", { cx: x, cy: y, r });
 }
 
+// Buttons that save a plot as it is, in light colours.
+const savers = (plot, host, name) => [
+  button("SVG", `${name} as SVG`, () => download(new Blob([standalone(plot.node, host).text], { type: "image/svg+xml" }), `${name}.svg`), "export-svg"),
+  button("PNG", `${name} as PNG`, () => rasterise(standalone(plot.node, host), (blob) => download(blob, `${name}.png`)), "export-png"),
+];
+
 const LINE = 18; // height of a row of the key
 const DOT = 4.5;
 
-// draw({x, y, lines, points, key, ring, empty}). An axis: {label, log, better: "up" | "down", low, high}. lines: {points: [[x,
-// y]], band: [[x, low, high]], colour, class}. points: {x, y, error, shape, colour, class, note, attributes}. key: {name,
+// draw({x, y, lines, points, key, ring, empty}). An axis: {label, log, better: "up" | "down", low, high}; x.end: the name of a
+// place beyond the axis, where an x of null lies. lines: {points: [[x, y]], band: [[x, low, high]], colour, class}. points: {x, y, error, shape, colour, class, note, attributes}. key: {name,
 // shape, colour} or {name, class} for a line, {name, ring: true} for the ring. ring: the index of a point.
 // on.hover(index or -1, place), on.click(index).
 function plotter({ id, label, height = 220, on = {} }) {
@@ -61,7 +67,7 @@ function plotter({ id, label, height = 220, on = {} }) {
     node.replaceChildren();
     const lines = data.lines ?? [];
     const points = data.points ?? [];
-    const across = [...points.map((p) => p.x), ...lines.flatMap((l) => l.points.map(([x]) => x))];
+    const across = [...points.map((p) => p.x), ...lines.flatMap((l) => l.points.map(([x]) => x))].filter((x) => x != null);
     const up = [...points.flatMap((p) => [p.y - (p.error ?? 0), p.y + (p.error ?? 0)]),
       ...lines.flatMap((l) => [...l.points.map(([, y]) => y), ...(l.band ?? []).flatMap(([, low, high]) => [low, high])])];
     if (!across.length) {
@@ -70,12 +76,14 @@ function plotter({ id, label, height = 220, on = {} }) {
     }
     const [[x0, x1], [y0, y1]] = [range(data.x, across), range(data.y, up)];
     const share = (axis, v, low, high) => (axis.log ? Math.log(v / low) / Math.log(high / low) : (v - low) / (high - low || 1));
-    const X = (v) => box.left + share(data.x, v, x0, x1) * (box.right - box.left);
+    const edge = box.right - (data.x.end ? 44 : 0);
+    const X = (v) => (v == null ? box.right - 14 : box.left + share(data.x, v, x0, x1) * (edge - box.left));
     const Y = (v) => box.bottom - share(data.y, v, y0, y1) * (box.bottom - box.top);
     const grid = s("g", { class: "wb-axis" });
     const ticks = (axis, low, high, n) => named(axis.log ? logTicks(low, high) : niceTicks(low, high, n), short);
     for (const [t, text] of ticks(data.x, x0, x1, 6)) grid.append(s("line", { class: "wb-gridline", x1: X(t), x2: X(t), y1: box.top, y2: box.bottom }), s("text", { x: clamp(X(t), box.left + 8, box.right - 8), y: box.bottom + 15, "text-anchor": "middle" }, text));
     for (const [t, text] of ticks(data.y, y0, y1, 5)) grid.append(s("line", { class: "wb-gridline", x1: box.left, x2: box.right, y1: Y(t), y2: Y(t) }), s("text", { x: box.left - 6, y: Y(t) + 4, "text-anchor": "end" }, text));
+    if (data.x.end) grid.append(s("text", { x: X(null), y: box.bottom + 15, "text-anchor": "middle" }, data.x.end));
     const better = { up: " → better", down: " ← better" };
     grid.append(
       s("text", { x: (box.left + box.right) / 2, y: whole - 6, "text-anchor": "middle" }, `${data.x.label}${data.x.log ? " (log)" : ""}${better[data.x.better] ?? ""}`),

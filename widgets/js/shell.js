@@ -11,7 +11,7 @@ function render({ model, el }) {
   const onRelease = h("input", { type: "checkbox", "aria-label": "update on release", "data-testid": "on-release" });
   const link = connect(model, {
     restate: (atOnce) => (atOnce ? drawControls() : redraw(drawControls)),
-    waiting: () => { status.textContent = "waiting for Python…"; },
+    waiting: () => { head.status.textContent = "waiting for Python…"; },
     isOnRelease: () => onRelease.checked,
   });
   const { ask } = link;
@@ -21,28 +21,15 @@ function render({ model, el }) {
 
   // --- top: title, status, history
 
-  const title = h("div", { class: "wb-title", "data-testid": "title" });
-  const stale = h("span", { class: "wb-stale", "data-testid": "stale" }, "updating…");
-  const status = h("div", { class: "wb-status", role: "status", "data-testid": "status" });
-  const problem = h("div", { class: "wb-error", role: "alert", "data-testid": "error", hidden: true });
-  const seed = guard(h("input", { type: "number", min: 0, step: 1, "aria-label": "seed", class: "wb-number", "data-testid": "seed",
-    onchange: () => { link.begin(); link.change({ state: { seed: Number(seed.value) } }); } }));
-  const undo = button("↶ Undo", "undo the last change", () => ask({ kind: "undo" }), "undo");
-  const redo = button("↷ Redo", "redo", () => ask({ kind: "redo" }), "redo");
-  const reset = button("Reset", "back to the settings at the start", () => ask({ kind: "reset" }), "reset");
   const pin = button("Pin as A", "keep what is shown beside what follows", () => ask({ kind: view.pinned ? "unpin" : "pin" }), "pin");
-  const top = h("div", { class: "wb-top" },
-    h("div", { class: "wb-line" }, title, stale),
-    h("div", { class: "wb-tools" }, status,
-      h("label", { class: "wb-seed" }, "seed", seed),
-      button("New", "new random seed", () => { link.begin(); link.change({ state: { seed: Math.floor(Math.random() * 10000) } }); }, "dice"),
-      undo, redo, reset, pin));
+  const reseed = (seed) => { link.begin(); link.change({ state: { seed } }); };
+  const head = headPart({ ask, reseed, after: pin });
 
   const knobs = knobPanel(spec, link);
   const strip = spec.strip ? stripPanel(spec, link, () => view) : null;
 
   function drawControls() {
-    if (!typing.has(seed)) seed.value = link.local.seed;
+    head.showSeed(link.local.seed);
     knobs.draw();
     strip?.draw();
   }
@@ -91,7 +78,7 @@ function render({ model, el }) {
     }
     Object.assign(ownBox.dataset, { revision: frame.revision, key: frame.key });
     exportImages.hidden = !Object.values(own).some((made) => made.canvas);
-    title.textContent = title.title = frame.title;
+    head.entitle(frame.title);
     strip?.showFrame(frame);
     drawCaption();
   }
@@ -280,8 +267,6 @@ function render({ model, el }) {
 
   const box = copyBox();
   const files = {
-    svg: () => download(new Blob([standalone(plot.node, el).text], { type: "image/svg+xml" }), "frontier.svg"),
-    png: () => rasterise(standalone(plot.node, el), (blob) => download(blob, "frontier.png")),
     images: () => {
       const canvas = Object.values(own).find((made) => made.canvas)?.canvas;
       if (!canvas) return;
@@ -301,7 +286,7 @@ function render({ model, el }) {
   const group = (name, ...nodes) => h("div", { class: "wb-group", role: "group", "aria-label": name }, h("span", {}, name), ...nodes);
   const foot = h("div", { class: "wb-foot" },
     group("score with more samples", ...scoreButtons, scoreBar, stopButton, scoreText),
-    group("export", button("SVG", "frontier as SVG", files.svg, "export-svg"), button("PNG", "frontier as PNG", files.png, "export-png"),
+    group("export", ...savers(plot, el, "frontier"),
       exportImages, exports, button("CSV", "all runs as CSV", () => ask({ kind: "csv" }), "export-csv")),
     group("share", button("Copy link", "copy a link to these settings", () => ask({ kind: "link" }), "copy-link"),
       button("Copy as code", "copy Python code that makes this run", () => ask({ kind: "code" }), "copy-code"), paste, button("Open", "open the pasted link", open, "open-link")),
@@ -310,7 +295,7 @@ function render({ model, el }) {
   // --- all together
 
   const root = h("div", { class: "wb", "data-testid": "explorer", "data-lm-suppress-shortcuts": "true" },
-    top, problem, strip?.node ?? "",
+    head.node, strip?.node ?? "",
     h("div", { class: "wb-columns" },
       knobs.node,
       h("div", { class: "wb-middle" }, samples, comparison),
@@ -318,8 +303,6 @@ function render({ model, el }) {
         h("div", { class: "wb-frontier" }, h("div", { class: "wb-row" }, h("b", { title: "quality against cost" }, "Frontier"), metricSelect, costSelect, nSelect), h("div", { class: "wb-plotbox" }, plot.node, card)),
         h("div", { class: "wb-numbers" }, costs, h("div", {}, qualities, sideBox)))),
     foot, box.node);
-  // JupyterLab's notebook would take Enter and the arrows away from fields
-  root.addEventListener("keydown", (event) => event.stopPropagation());
 
   let numbersDrawn = "";
 
@@ -331,16 +314,10 @@ function render({ model, el }) {
 
   function drawView() {
     if (!link.settle()) strip?.draw(); // the hand is ahead: its settings stay
-    const bad = view.error || view.notice;
-    problem.hidden = !bad;
-    problem.textContent = bad;
     const isBusy = Boolean(view.is_stale && !view.error);
-    stale.classList.toggle("wb-on", isBusy);
+    head.draw(view, view.status ? `idle work: ${view.status}…` : "", isBusy);
     samples.classList.toggle("wb-busy", isBusy);
     Object.values(own).forEach((made) => made.stale?.(Boolean(isBusy && frame && frame.key !== view.key)));
-    status.textContent = view.status ? `idle work: ${view.status}…` : "";
-    undo.disabled = !view.can_undo;
-    redo.disabled = !view.can_redo;
     const key = view.reference?.key;
     if (!law && key && frame?.panes[0]?.kind === "points" && !(key in peeked)) peek(key);
     const numbers = JSON.stringify([view.shown, view.reference, view.pinned?.key]);
@@ -367,26 +344,22 @@ function render({ model, el }) {
 
   const on = { "change:view": takeView, "change:frontier": () => redraw(drawFrontier), "change:frame": () => redraw(drawFrame, drawView), "change:pinned": () => redraw(drawPinned),
     "change:detail": () => redraw(() => Object.values(own).forEach((made) => made.detail?.())), "change:reply": takeReply };
-  for (const [event, callback] of Object.entries(on)) model.on(event, callback);
   const again = () => {
     strip?.resize();
     drawFrontier();
     Object.values(own).forEach((made) => made.again?.());
     if (frame?.panes[0]?.kind === "points") drawFrame();
   };
-  const watcher = new ResizeObserver(() => redraw(again));
-  el.append(root);
-  watcher.observe(root);
+  const leave = attend(model, el, root, on, () => redraw(again));
   drawControls();
   drawFrame();
   drawView();
   drawPinned();
   drawFrontier();
   return () => {
-    watcher.disconnect();
+    leave();
     redraw.stop();
     link.stop();
-    for (const [event, callback] of Object.entries(on)) model.off?.(event, callback);
   };
 }
 
