@@ -452,7 +452,7 @@ class ScheduleEditor(Desk):
             **self._said, "is_stale": "yours" not in answers,
             "marks": self._marks(s.plan), "options": options(s.plan.decisions, s.plan.end is None), "arms": arms,
             "compare": {"preset": s.preset, "spacing": s.spacing, "final": s.final}, "seed": s.seed,
-            "n_samples": self.n_samples, "evaluations": s.plan.evaluations,
+            "n_samples": self.n_samples, "evaluations": s.plan.evaluations * self.problem.branches(self.guidance),
             "missing": "" if "preset" in plans else f"{s.spacing} has no grid of {s.plan.evaluations} steps here",
         }
 

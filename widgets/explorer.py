@@ -50,7 +50,8 @@ from workbench.rng import Rng
 from workbench.runs import JudgeError, compared, environment
 
 HERE = Path(__file__).parent
-PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "head.js", "panes.js", "text.js", "strip.js", "shell.js")
+PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "head.js", "panes.js", "text.js", "strip.js",
+         "shell.js")
 STYLES = ("explorer.css", "drafts.css")
 MAX_RUNS, MAX_RUN_BYTES = 1000, 64_000_000  # remembered; a store keeps all
 SELDOM = 1.0  # seconds between two frontiers while idle work goes on: each holds all points

@@ -187,6 +187,38 @@ def test_a_bad_level_is_shown_with_what_is_allowed_and_pictures_are_drawn(show: 
     expect(panel.get_by_test_id("error")).to_be_hidden(timeout=SOON)
 
 
+def test_the_curve_is_read_by_key_chooses_a_step_by_click_and_is_saved(show: object, page: Page) -> None:
+    panel = show("schedule_editor(two_modes(), n_steps=5, n_samples=50)")
+    curve, reading = panel.get_by_test_id("curve"), panel.get_by_test_id("reading")
+    ticks = [text for text in curve.locator("text").all_text_contents() if text.startswith("−")]
+    assert ticks == ["−4", "−2"]  # a minus, no hyphen
+    curve.focus()
+    curve.press("ArrowRight")
+    expect(reading).to_have_text(re.compile(r"^(yours|preset), step 1: \S+ at log-SNR −\d\.\d\d$"))
+    for _ in range(12):
+        curve.press("ArrowRight")
+    expect(reading).to_have_text(re.compile(r"step 5: \S+ at the data$"))  # beyond all levels
+    points = curve.locator(".wb-point")
+    assert points.count() == 10
+    points.nth(6).click(force=True)  # preset's five, then yours on top
+    expect(panel.get_by_test_id("step-title")).to_have_text("Step 2 of 5")
+    with page.expect_download() as saved:
+        panel.get_by_test_id("export-svg").click()
+    text = saved.value.path().read_text()
+    assert text.startswith("<svg") and "var(" not in text and text.count("best found") == 0 and "preset" in text
+
+
+def test_numbers_stay_faint_until_the_next_are_known(show: object, page: Page) -> None:
+    panel = show("schedule_editor(Toy(seconds=0.3).problem, n_steps=5)")
+    row, table = panel.locator("[data-arm=yours]"), panel.get_by_test_id("table")
+    old, wide = row.inner_text(), table.bounding_box()
+    panel.get_by_test_id("handle-1").press("ArrowRight")
+    expect(row).to_have_class(re.compile("wbe-old"))
+    assert row.inner_text() == old and table.bounding_box() == wide  # nothing jumps under the hand
+    expect(row).not_to_have_class(re.compile("wbe-old"), timeout=SOON)
+    assert row.inner_text() != old
+
+
 def test_every_control_has_a_name_and_is_reached_by_tab(show: object, page: Page) -> None:
     panel = show("schedule_editor(two_modes(), n_steps=4, n_samples=20)")
     nameless = panel.evaluate(

@@ -1,4 +1,4 @@
-"""The ticks of all live charts: two at least in any range, each with a text of its own."""
+"""The ticks of all live charts: two at least in any range, each with a text of its own; and how numbers are written."""
 
 from __future__ import annotations
 
@@ -42,6 +42,20 @@ def faults(browser: Browser, functions: str) -> list[tuple[float, float, object]
 
 def test_any_range_has_ticks_with_texts_of_their_own(browser: Browser) -> None:
     assert faults(browser, script("ticks.js")) == []
+
+
+def test_numbers_have_a_minus_and_as_many_digits_as_mean_something(browser: Browser) -> None:
+    cases = {"short(-5.25)": "−5.25", "short(0)": "0", "short(1e-4)": "1e−4", "short(1.2345e-7)": "1.23e−7",
+             "short(-23456)": "−23.5 k", "signed(-0.5)": "−0.50", "measured(0.2345, 0.012)": "0.234 ± 0.012",
+             "measured(2.13e-5, 4.4e-6)": "2.1e−5 ± 4e−6", "measured(0.0004, 0.02)": "0.000 ± 0.020",
+             "measured(-0.31, 0.2)": "−0.31 ± 0.20", "measured(3e-8, 0)": "3e−8", "measured(0.5)": "0.5"}
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.add_script_tag(content=script("core.js"))
+        assert page.evaluate("calls => calls.map((call) => eval(call))", list(cases)) == list(cases.values())
+    finally:
+        context.close()
 
 
 def test_the_check_fails_for_ticks_of_whole_numbers(browser: Browser) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import threading
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -266,6 +269,55 @@ def test_a_plan_that_blows_up_says_so(headless: None) -> None:
     assert e.view["error"] == "" and e.answers["yours"].error is not None
 
 
+def fails(e: Any) -> Plan:
+    """A plan of its samples that are not finite."""
+    steps = (Decision(), Decision("x0", Expansion(2, relaxation="linear", slope=1e308)), Decision())
+    return Plan(e.plan.times[:3], steps)
+
+
+@pytest.mark.parametrize("is_headless", [True, False])
+def test_what_nobody_asked_for_fails_as_a_notice_and_is_not_tried_again(monkeypatch: Any, is_headless: bool) -> None:
+    """A rival that blows up, and a reference that cannot be: your own plan is shown, and no error is yours."""
+    if is_headless:
+        monkeypatch.setenv("WORKBENCH_HEADLESS", "1")
+    toy = Toy()
+    e = schedule_editor(toy.problem, n_steps=4, best=fails(schedule_editor(toy.problem, n_steps=4)))
+    e.wait()
+    assert "computing ahead: best found" in e.view["notice"] and "not finite" in e.view["notice"]
+    assert e.view["error"] == "" and e.view["arms"]["best"]["has_failed"] and not e.view["arms"]["yours"]["has_failed"]
+    assert e.answers["yours"].error is not None and "best" not in e.answers
+    asked = len(toy.calls)
+    e.decide(1, prediction="eps")
+    e.wait()
+    assert 0 < len(toy.calls) - asked <= 4 + 4  # yours, and a preset that it parted from: best is not run again
+    wished(e, "load", text=e.best.to_json())  # asked for, it is an error
+    if is_headless:
+        assert "not finite" in e.view["notice"]
+        return
+    with pytest.raises(ValueError, match="not finite"):
+        e.wait()
+    blind = schedule_editor(replace(Toy().problem, reference=("ddim", {"n_steps": -1})), n_steps=4)
+    blind.wait()
+    blind.decide(1, prediction="eps")
+    blind.wait()
+    assert "computing ahead: " in blind.view["notice"] and "n_steps=-1" in blind.view["notice"]
+    assert blind.view["error"] == "" and all(arm["has_failed"] for arm in blind.view["arms"].values())
+    assert set(blind.answers) == {"yours", "preset"} and blind.answers["yours"].error is None
+
+
+@pytest.mark.parametrize("make", [two_modes, two_dim, lambda: Toy().problem], ids=["line", "plane", "pictures"])
+def test_a_saved_notebook_keeps_a_picture_and_the_numbers(headless: None, make: Any) -> None:
+    e = schedule_editor(make(), n_steps=5, n_samples=8)
+    e.move(2, 0.4)
+    kept = e._repr_mimebundle_()
+    assert set(kept) == {"text/plain", "image/png"}
+    assert base64.b64decode(kept["image/png"]).startswith(b"\x89PNG")
+    lines = kept["text/plain"].splitlines()
+    assert lines[0].startswith("Schedule editor on ") and "0x" not in kept["text/plain"]
+    assert lines[1] == f"yours, own schedule · 5 steps: 5 evaluations, error {e.answers['yours'].error}"
+    assert lines[2].startswith("preset, dpmpp_2m on log_snr · 5 steps: 5 evaluations, error ")
+
+
 # With its worker.
 
 
@@ -326,8 +378,10 @@ def test_the_worker_ends_when_it_is_closed() -> None:
 
 def test_one_widget_serves_every_display_and_takes_wishes() -> None:
     e = schedule_editor(Toy(dim=2).problem, n_steps=3)
-    assert "application/vnd.jupyter.widget-view+json" in e._repr_mimebundle_()[0]
     e.wait()
+    shown = e._repr_mimebundle_()[0]
+    assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(shown)
+    assert "0x" not in shown["text/plain"]
     assert e.widget.view == e.view and e.widget.yours == e.published["yours"]
     e.widget._handle_custom_msg({"id": "a", "kind": "use", "n_steps": 5}, [])
     assert e.view["ack"] == "a" and len(e.plan.times) == 5

@@ -14,7 +14,7 @@ const FIELDS = { // name, help, and the values in words where these differ
   prediction: ["prediction", "what is expanded: the data estimate x0 or the noise estimate eps"],
   relaxation: ["relaxation", "a factor 1 + O(h) of the first derivative; bh1 and bh2 are UniPC's"],
   start: ["starts from", "the point that is expanded around: the current one (multistep) or an earlier one (singlestep)", (v) => v ? `${v} back` : "here"],
-  corrector: ["corrector", "on arrival: correct the state by the evaluation there, for free or with one evaluation more", (v) => ({ none: "none", pseudo: "pseudo (free)", implicit: "implicit (+1 evaluation)" }[v])],
+  corrector: ["corrector", "on arrival: correct the state by the evaluation there, for free or with one evaluation more", (v) => ({ none: "none", pseudo: "pseudo (free)", implicit: "implicit (+1)" }[v])],
   correction_order: ["its order", "terms of the correction"],
 };
 const HELP = "drag a mark, or arrow keys (Shift: finer); 1–4 order, p prediction, + and Delete; double click on the line adds a step; c, C: pseudo, implicit corrector";
@@ -168,7 +168,7 @@ function render({ model, el }) {
       ? `M${-r},${y + r}A${r},${r} 0 0 1 ${r},${y + r}V${bottom - r}A${r},${r} 0 0 1 ${-r},${bottom - r}Z` : `M${-r},${y}H${r}V${bottom}H${-r}Z` } : { d: `M-7,${y + 14}H7V${bottom}H-7Z` });
     set(mark.digit, { y: y + 14 });
     set(mark.kind, { y: y + 24 });
-    set(mark.extra, { x: HEAD / 2 + 2, y: y + 6 });
+    set(mark.extra, { x: HEAD / 2 + 6, y: y + 6 });
     mark.digit.textContent = step?.order ?? "";
     mark.kind.textContent = step ? KINDS[step.prediction].text : "";
     mark.extra.textContent = { pseudo: "c", implicit: "C" }[step?.corrector] ?? "";
@@ -235,7 +235,7 @@ function render({ model, el }) {
     const [n, step] = [steps().length, steps()[selected]];
     const [a, b] = [levels()[selected], levels()[selected + 1]];
     heading.textContent = step ? `Step ${selected + 1} of ${n}` : "End of the schedule";
-    where.textContent = `${step ? `from log-SNR ${signed(a)} to ${b == null ? "the data" : signed(b)}` : `log-SNR ${signed(a)}`}; σ/α\u00a0=\u00a0${short(Math.exp(-a))}`;
+    where.textContent = `${step ? `from log-SNR ${signed(a)} to ${b == null ? "the data" : signed(b)}` : `log-SNR ${signed(a)}`}; σ\u2060/\u2060α\u00a0=\u00a0${short(Math.exp(-a))}`;
     if (!typing.has(level)) level.value = a.toFixed(3);
     const options = step && view.options.length === n ? view.options[selected] : {};
     const refused = [];
@@ -297,6 +297,11 @@ function render({ model, el }) {
   // --- numbers and the curve
 
   const unknown = (given) => (given?.has_failed ? "failed" : "…");
+  const graded = {}; // by arm, the last that is known: shown until the next one is, so that nothing jumps under the hand
+  const shownArms = () => Object.entries(view.arms).map(([arm, given]) => {
+    if (given.error) graded[arm] = given;
+    return [arm, given.error || given.has_failed || !graded[arm] ? given : { ...graded[arm], is_old: true }];
+  });
   const table = h("table", { class: "wbe-table", "data-testid": "table" });
   const note = h("div", { class: "wbe-help" });
   const reading = h("div", { class: "wb-note", "data-testid": "reading" }, "\u00a0");
@@ -311,23 +316,26 @@ function render({ model, el }) {
   }
 
   function drawNumbers() {
-    const known = Object.values(view.arms).filter((a) => a.error);
+    const arms = shownArms();
+    const known = arms.map(([, a]) => a).filter((a) => a.error);
     const least = Math.min(...known.map((a) => a.error[0]));
-    const base = view.arms.preset?.error?.[0];
-    const row = ([arm, a]) => h("tr", { class: known.length > 1 && a.error?.[0] === least ? "wbe-winner" : "", "data-arm": arm }, h("th", { scope: "row" }, swatch(arm), spec.arms[arm]),
-      ...[a.evaluations == null ? unknown(a) : short(a.evaluations), a.error ? measured(...a.error) : unknown(a), a.error && base ? `× ${short(a.error[0] / base)}` : unknown(a)].map((text) => h("td", {}, text)));
-    table.replaceChildren(h("thead", {}, h("tr", {}, ...["", "evaluations", "error at the end", "to the preset"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, ...Object.entries(view.arms).map(row)));
+    const rival = arms.find(([arm]) => arm === "preset")?.[1];
+    const ratio = (a) => (a.error && rival?.error?.[0] ? `× ${short(a.error[0] / rival.error[0])}` : a.has_failed || rival?.has_failed || !rival ? "–" : "…");
+    const row = ([arm, a]) => h("tr", { class: `${known.length > 1 && a.error?.[0] === least ? "wbe-winner" : ""} ${a.is_old ? "wbe-old" : ""}`, "data-arm": arm }, h("th", { scope: "row" }, swatch(arm), spec.arms[arm]),
+      ...[a.evaluations == null ? unknown(a) : short(a.evaluations), a.error ? measured(...a.error) : unknown(a), ratio(a)].map((text) => h("td", {}, text)));
+    table.replaceChildren(h("thead", {}, h("tr", {}, ...["", "evaluations", "error at the end", "to the preset"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, ...arms.map(row)));
     note.textContent = `evaluations per sample; error: distance from ${spec.truth}, ${spec.unit}${known.length ? `; n = ${known[0].error[2]}, same noise for all` : ""}`;
     drawCurve();
   }
 
   function drawCurve() {
-    const lines = Object.entries(view.arms).map(([arm, a]) => [arm, a.curve.map(([x, y], step) => ({ arm, step, x, y, text: `${spec.arms[arm]}, step ${step + 1}: ${short(y)} at ${x == null ? "the data" : `log-SNR ${signed(x)}`}` })).filter(({ y }) => y > 0)])
+    const old = (arm) => (view.arms[arm].error ? "" : " wbe-old");
+    const lines = shownArms().map(([arm, a]) => [arm, a.curve.map(([x, y], step) => ({ arm, step, x, y, text: `${spec.arms[arm]}, step ${step + 1}: ${short(y)} at ${x == null ? "the data" : `log-SNR ${signed(x)}`}` })).filter(({ y }) => y > 0)])
       .filter(([, line]) => line.length).reverse(); // yours on top
-    dots = lines.flatMap(([arm, line]) => line.map((dot) => ({ ...dot, shape: SHAPES[ARMS.indexOf(arm)], colour: hue(arm) })));
+    dots = lines.flatMap(([arm, line]) => line.map((dot) => ({ ...dot, shape: SHAPES[ARMS.indexOf(arm)], colour: hue(arm), class: `wb-mark${old(arm)}` })));
     const truth = spec.truth.replace(/ \(.*/, "");
-    curve.draw({ x: { label: "log-SNR", low, high, end: "data" }, y: { label: "RMS distance", log: true, better: "down" }, points: dots,
-      lines: lines.map(([arm, line]) => ({ class: `wb-curve wbe-${arm}`, points: line.map(({ x, y }) => [x, y]) })), key: lines.map(([arm]) => ({ name: spec.arms[arm], shape: SHAPES[ARMS.indexOf(arm)], colour: hue(arm) })).reverse(),
+    curve.draw({ x: { label: "log-SNR", low, high, end: dots.some(({ x }) => x == null) ? "data" : "" }, y: { label: "RMS distance", log: true, better: "down" }, points: dots,
+      lines: lines.map(([arm, line]) => ({ class: `wb-curve wbe-${arm}${old(arm)}`, points: line.map(({ x, y }) => [x, y]) })), key: lines.map(([arm]) => ({ name: spec.arms[arm], shape: SHAPES[ARMS.indexOf(arm)], colour: hue(arm) })).reverse(),
       empty: view.arms.yours.has_failed ? `no errors: ${truth} failed` : `no errors yet: ${truth} is being computed` });
     curve.node.setAttribute("aria-label", `${spec.curve} along log-SNR: ${lines.map(([arm, line]) => `${spec.arms[arm]} ends at ${short(line.at(-1).y)}`).join(", ")}; arrow keys read its points`);
   }

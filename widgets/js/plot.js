@@ -144,7 +144,7 @@ function plotter({ id, label, height = 220, on = {} }) {
   function nearest(event) {
     const at = node.getBoundingClientRect();
     const far = drawn.map(({ x, y }) => Math.hypot(x - (event.clientX - at.left), y - (event.clientY - at.top)));
-    const best = far.indexOf(Math.min(...far));
+    const best = far.lastIndexOf(Math.min(...far)); // of points on one spot the one on top
     return far[best] < 14 ? best : -1;
   }
 
