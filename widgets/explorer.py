@@ -7,29 +7,26 @@ the face in JupyterLab, `widgets.app` serves another.
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import anywidget
-import torch
 import traitlets
-from torch import Tensor
 
 import workbench
+from widgets import tell
 from widgets.desk import Desk, Pace
 from widgets.live import MAX_SAMPLES, bundle, script, told
-from widgets.view import Pane, Stop, View, finite, packed, still, view_of
+from widgets.score import Score
+from widgets.view import Pane, Stop, View, packed, still, view_of
 from workbench import (
-    FAMILIES,
     METHODS,
     METRICS,
     Cancelled,
@@ -41,13 +38,10 @@ from workbench import (
     Step,
     Store,
     Timing,
-    points,
 )
-from workbench.cost import Meter
 from workbench.knob import BoundKnob
-from workbench.registry import tensors_of
 from workbench.rng import Rng
-from workbench.runs import JudgeError, compared, environment
+from workbench.runs import JudgeError, compared
 
 HERE = Path(__file__).parent
 PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "head.js", "panes.js", "text.js", "strip.js",
@@ -55,18 +49,6 @@ PARTS = ("core.js", "ticks.js", "plot.js", "link.js", "knobs.js", "head.js", "pa
 STYLES = ("explorer.css", "drafts.css")
 MAX_RUNS, MAX_RUN_BYTES = 1000, 64_000_000  # remembered; a store keeps all
 SELDOM = 1.0  # seconds between two frontiers while idle work goes on: each holds all points
-
-
-@dataclass
-class _Score:
-    """A long score under way: answers of the first samples, in batches; it outlives interruptions."""
-
-    inputs: Inputs
-    parts: list[dict[str, Tensor]] = field(default_factory=list)
-    costs: list[Cost] = field(default_factory=list)
-    n_done: int = 0
-    seconds: float = 0.0
-    is_stopped: bool = False
 
 
 class Explorer(Desk):
@@ -100,7 +82,7 @@ class Explorer(Desk):
         self._sizes: dict[str, int] = {}  # bytes of runs
         self.timings: dict[str, Timing] = {}
         self._drawable: dict[str, list[Pane]] = {}  # the panes of runs
-        self._score: _Score | None = None
+        self._score: Score | None = None
         self._frontier_n = n_samples
         self._pinned: Run | None = None
         self._open("explorer", {"frontier": {}, "frame": b"", "pinned": b"", "detail": {}})
@@ -108,7 +90,7 @@ class Explorer(Desk):
         self.run: Run | None = None
         self.family: View = view_of(problem.family)(self)
         self.inputs = self._start = self._inputs(self.methods[0], seed, n_samples, {})
-        self._publish("spec", self._spec())
+        self._publish("spec", tell.spec(problem, self.methods, self.family, {**self._preset, **self.inputs.knobs}))
         self._publish_view()
         self._wake()
 
@@ -191,43 +173,18 @@ class Explorer(Desk):
 
     def code(self) -> str:
         """Python that makes the shown run: without the workbench where the problem knows how, else with it."""
-        i = self.run.inputs if self.run else self.inputs
-        script = self.problem.code(i) if self.problem.code else None
-        if script:
-            return script
-        knobs = "".join(f",\n    {name}={value!r}" for name, value in i.knobs.items())
-        return (f"import workbench\n{self.problem.source}\n"
-                f"run = workbench.run(\n    {i.method!r}, problem, seed={i.seed}, n_samples={i.n_samples}{knobs},\n)\n"
-                "print(run.title, run.cost, dict(run.quality), sep=\"\\n\")\n")
+        return tell.script_of(self.problem, self.run.inputs if self.run else self.inputs)
 
     def csv(self) -> str:
         """All runs as comma-separated values: settings, cost per sample, quality with standard error and n."""
-        runs = self.runs
-        knobs = sorted({name for run in runs for name in run.knobs})
-        metrics = sorted({name for run in runs for name in run.quality})
-        resources = list(self.problem.counted)
-        out = io.StringIO()
-        rows = csv.writer(out)
-        rows.writerow(["key", "problem", "method", "seed", "n_samples", *knobs,
-                       "evaluations_per_sample", "flops_per_sample", *(f"{name}_per_sample" for name in resources),
-                       "seconds",
-                       *(f"{m}{part}" for m in metrics for part in ("", "_stderr", "_n"))])
-        for run in runs:
-            i, timing = run.inputs, self.timings.get(run.inputs.key)
-            quality = [run.quality.get(m) for m in metrics]
-            rows.writerow([i.key, i.problem, i.method, i.seed, i.n_samples, *(i.knobs.get(name, "") for name in knobs),
-                           run.cost.total_evaluations / i.n_samples, run.cost.total_flops / i.n_samples,
-                           *(run.cost.counted.get(name, 0) / i.n_samples for name in resources),
-                           timing.seconds if timing else "",
-                           *(cell for q in quality for cell in ((q.value, q.stderr, q.n) if q else ("", "", "")))])
-        return out.getvalue()
+        return tell.table(self.runs, self.timings, list(self.problem.counted))
 
     def score(self, n_samples: int | None = None) -> None:
         """Grade the settings with more samples, while idle; `stop_score` ends it early and keeps what there is."""
         with self._change:
             i = self.inputs
             n = self.family.scores[0] if n_samples is None else n_samples
-            self._score = _Score(workbench.inputs(i.method, self.problem, i.seed, n, **i.knobs))
+            self._score = Score(self.problem, workbench.inputs(i.method, self.problem, i.seed, n, **i.knobs))
             self._wake(quiet=False)
         self._publish_view()
 
@@ -486,47 +443,21 @@ class Explorer(Desk):
         self._apart(_timing(given), "measuring time", work)
 
     def _score_batch(self, stop: Stop) -> None:
-        """The next batch of a long score, or its end. A batch cut short is drawn again; batching changes no sample.
-
-        A score that fails is given up: it was asked for, so its error is raised.
-        """
+        """The next batch of the long score, or its end. One that fails is given up: it was asked for, so it raises."""
+        score = self._score
         try:
-            self._grade_on(self._score, stop)
+            if score.is_done:
+                self._finish(score.run())
+            else:
+                score.go_on(self.family.batch, stop)
+                self._tell("scoring")
         except Cancelled:
             raise
         except Exception:
             self._score = None
             raise
 
-    def _grade_on(self, score: _Score, stop: Stop) -> None:
-        given, first = score.inputs, score.n_done
-        if score.is_stopped or first == given.n_samples:
-            self._finish(score)
-            return
-        begin, size = time.monotonic(), min(self.family.batch, given.n_samples - first)
-        meter = Meter(self.problem.prices, self.problem.counted)
-        method, rng = METHODS[given.method].function, Rng(given.seed, size, first)
-        answer = None
-        for step in method(self.problem.wrapped(meter.wrap), rng, **given.knobs):
-            answer = step.state
-            if stop():
-                raise Cancelled
-        score.parts.append(tensors_of(answer))
-        score.costs.append(meter.cost)
-        score.n_done += size
-        score.seconds += time.monotonic() - begin
-        self._tell("scoring")
-
-    def _finish(self, score: _Score) -> None:
-        run = None
-        if score.parts:
-            whole = {name: torch.cat([part[name] for part in score.parts]) for name in score.parts[0]}
-            answer = whole.get("", whole)
-            given = replace(score.inputs, n_samples=score.n_done)
-            totals = ({name: sum(getattr(c, part)[name] for c in score.costs) for name in getattr(score.costs[0], part)}
-                      for part in ("evaluations", "calls", "flops", "counted"))
-            quality = self.problem.judge(answer, self.problem.cases(given.seed, given.n_samples))
-            run = Run(given, Cost(*totals), dict(quality), environment(answer), answer)
+    def _finish(self, run: Run | None) -> None:
         with self._change:
             self._score = None
             if run is not None:
@@ -630,41 +561,9 @@ class Explorer(Desk):
         self.family.shown(given, is_done=step is None)
         return made
 
-    def _spec(self) -> dict[str, Any]:
-        """What stays as it is: models, methods with their knobs, metrics."""
-        def knob(b: Any) -> dict[str, Any]:
-            k = b.knob
-            return {"name": b.name, "kind": b.kind.__name__, "help": k.help, "low": k.low, "high": k.high,
-                    "soft": k.soft, "step": k.step, "scale": k.scale, "unit": k.unit, "choices": k.choices,
-                    "needs": dict(k.needs),
-                    "start": self._start.knobs.get(b.name, self._preset.get(b.name, b.default))}
-
-        methods = [{"name": m.name, "summary": m.summary, "source": m.source,
-                    "knobs": [knob(b) for b in m.knobs.values()]} for m in map(workbench.get, self.methods)]
-        metrics = {m.name: {"label": m.label, "unit": m.unit, "higher": m.higher_is_better, "min_n": m.min_n,
-                            "help": m.help} for m in METRICS.values()}
-        return {"problem": self.problem.name, "methods": methods, "metrics": metrics, "scores": self.family.scores,
-                "axes": self.family.axes(), "main_metric": self.family.main_metric,
-                "sample": FAMILIES[self.problem.family].sample, **self.family.spec()}
-
-    def _card(self, run: Run) -> dict[str, Any]:
-        """A run's title, cost per sample and quality, for the front end."""
-        i, n = run.inputs, run.inputs.n_samples
-        timing = self.timings.get(i.key)
-        alike = (r for r in self._runs.values()
-                 if (r.inputs.method, r.inputs.seed, r.inputs.knobs) == (i.method, i.seed, i.knobs))
-        larger = max(alike, key=lambda r: r.inputs.n_samples, default=run)
-        quality = {**larger.quality, **{k: q for k, q in run.quality.items() if k not in larger.quality}}
-        return {
-            "key": i.key, "title": self.family.title(i), "full": run.title, "method": i.method,
-            "knobs": dict(i.knobs), "n": n, "costs": self.family.costs(run, timing),
-            "lines": self.family.lines(run, self.reference(i)),
-            "quality": {k: [finite(q.value), finite(q.stderr), q.n] for k, q in quality.items()},
-            "timing": timing and {
-                "ms": 1e3 * timing.seconds, "spread": 1e3 * timing.spread, "repeats": timing.repeats,
-                "by_model": [1e3 * seconds for seconds in timing.by_model.values()],
-                "peak_mb": timing.peak_bytes / 1e6, "machine": timing.machine},
-        }
+    def _card(self, run: Run | None) -> dict[str, Any] | None:
+        return run and tell.card(run, list(self._runs.values()), self.family, self.timings.get(run.inputs.key),
+                                 self.reference(run.inputs))
 
     def _view(self) -> dict[str, Any]:
         """All that changes, but for pictures and the frontier's points."""
@@ -674,41 +573,16 @@ class Explorer(Desk):
             **self._said, "is_stale": not self._is_shown,
             "state": {"method": i.method, "knobs": dict(i.knobs), "seed": i.seed, "n_samples": i.n_samples},
             "strip": self.family.trajectory(i),
-            "shown": self._card(self.run) if self.run else None,
-            "pinned": self._card(self._pinned) if self._pinned else None,
-            "reference": self._card(reference) if reference else None,
-            "score": score and {
-                "done": score.n_done, "n": score.inputs.n_samples, "title": self.family.title(score.inputs),
-                "eta": score.seconds / score.n_done * (score.inputs.n_samples - score.n_done) if score.parts else None},
+            "shown": self._card(self.run),
+            "pinned": self._card(self._pinned),
+            "reference": self._card(reference),
+            "score": score and score.told(self.family.title(score.inputs)),
         }
 
     def _frontier(self) -> dict[str, Any]:
-        """Points by metric, of the runs with the number of samples chosen; seeds of one setting are one point."""
-        runs = list(self._runs.values())
-        chosen = [r for r in runs if r.inputs.n_samples == self._frontier_n]
-        alike: dict[str, list[Run]] = {}  # of one setting and seed, by the number of samples
-        for run in sorted(runs if self.family.is_pooled else chosen, key=lambda r: r.inputs.n_samples):
-            alike.setdefault(replace(run.inputs, n_samples=1).key, []).append(run)
-        keys = {one[-1].inputs.key: [r.inputs.key for r in one] for one in alike.values()}
-        chosen = [one[-1] for one in alike.values()]
         like = replace(self.run.inputs, n_samples=self._frontier_n) if self.run else None
-        rivals = {rival.key: name for name in ("reference", "baseline") if like and (rival := self._rival(name, like))}
-        metrics: dict[str, list[dict[str, Any]]] = {}
-        for metric in sorted({m for r in chosen for m in r.quality}):
-            metrics[metric] = [
-                {"keys": [key for r in p.runs for key in keys[r.inputs.key]], "method": p.runs[0].inputs.method,
-                 **self._spent(p.runs), "value": p.value, "stderr": finite(p.stderr), "n": p.n,
-                 "role": next((rivals[k] for r in p.runs for k in keys[r.inputs.key] if k in rivals), "")}
-                for p in points(chosen, metric) if math.isfinite(p.value)]
-        ns = [] if self.family.is_pooled else sorted({r.inputs.n_samples for r in runs} | {self._frontier_n})
-        titles = {r.inputs.key: self.family.title(r.inputs) for one in alike.values() for r in one}
-        return {"n": self._frontier_n, "ns": ns, "metrics": metrics, "titles": titles}
-
-    def _spent(self, runs: Sequence[Run]) -> dict[str, float]:
-        """The means over seeds of the costs of one setting, as far as they are known."""
-        each = [self.family.spent(run) for run in runs]
-        return {name: sum(known) / len(known) for name in each[0]
-                if (known := [one[name] for one in each if name in one])}
+        return tell.frontier(list(self._runs.values()), self._frontier_n, self.family,
+                             lambda name: like and self._rival(name, like))
 
     @cached_property
     def widget(self) -> ExplorerWidget:
