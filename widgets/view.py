@@ -357,3 +357,5 @@ def _draw_still(axes: Any, pane: Pane) -> None:
         axes.barh([item["label"] for item in items], [item["value"] for item in items], color="#56b4e9")
         axes.invert_yaxis()
     axes.tick_params(labelsize=6)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_size(7)
