@@ -1,4 +1,4 @@
-# Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv. `make help` lists the targets.
+# Needs make and Python 3.11 to 3.14; everything else goes into .venv. `make help` lists the targets.
 #   make lab PORT=9000 ARGS=--no-browser        another port, more arguments for JupyterLab
 #   make lab PYTHON=/some/bin/python3.11        another Python
 #   make lab PIP_ARGS='--index-url ...'         another package index, for example one with CPU builds of torch
@@ -27,11 +27,11 @@ help:  ## this list
 
 # The first of $(PYTHON), python3.11, ... that runs and is of a version that will do.
 define find_python
-py=; for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
-  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1; then py=$$candidate; break; fi; \
+py=; for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python); do \
+  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1; then py=$$candidate; break; fi; \
 done; \
 if [ -z "$$py" ]; then \
-  echo "This needs Python 3.11, 3.12 or 3.13, and none was found$(if $(PYTHON), at $(PYTHON))." >&2; \
+  echo "This needs Python 3.11 to 3.14, and none was found$(if $(PYTHON), at $(PYTHON))." >&2; \
   echo "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv; macOS: brew install python@3.11)," >&2; \
   echo "or name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; \
 fi; \

@@ -193,3 +193,10 @@ def test_the_wheel_carries_code_weights_and_front_end(root, tmp_path):
     code = [path for folder in ("workbench", "widgets") for path in (root / folder).rglob("*.py")]
     wanted = {path.relative_to(root).as_posix() for path in weights + front_end + code}
     assert wanted <= packed, sorted(wanted - packed)
+
+
+def test_make_takes_the_pythons_that_the_package_takes(root):
+    low, high = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (root / "pyproject.toml").read_text()).groups()
+    makefile = (root / "Makefile").read_text()
+    assert f"(3, {low}) <= sys.version_info[:2] < (3, {high})" in makefile
+    assert " ".join(f"python3.{minor}" for minor in range(int(low), int(high))) in makefile
