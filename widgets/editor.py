@@ -64,7 +64,7 @@ class Setting:
 
 @dataclass
 class Answer:
-    """What a plan made of one seed's noise. curve: (log-SNR, RMS error, steps done); error: at the end."""
+    """What a plan made of one seed's noise. curve: (log-SNR, RMS error) along `places`; error: at the end."""
 
     plan: Plan
     evaluations: float  # per sample, as metered
