@@ -208,13 +208,14 @@ class Desk(Live):
             self._idle_fault(error)
 
     def _await(self, is_so: Callable[[], Any], timeout: float, what: Any) -> None:
-        """Until is_so(). Raises what the worker caught of what was asked for."""
+        """Until is_so(), and whoever listens was told. Raises what the worker caught of what was asked for."""
         with self._change:
             ready = self._change.wait_for(lambda: self._error or is_so(), timeout)
             if self._error is not None:
                 raise self._error
             if not ready:
                 raise TimeoutError(f"not shown after {timeout} s: {what}")
+        self._settle(timeout)
 
     def _watched(self, name: str, network: Callable[..., Any]) -> Callable[..., Any]:
         """A network that says when it was evaluated: what memory answers takes no time, and needs no preview."""

@@ -72,7 +72,8 @@ class Outbox:
         self.published = dict(published)
         self._listeners: list[Listener] = []
         self._waiting: deque[tuple[str, Any, list[Listener]]] = deque()
-        self._lock, self._is_sending = threading.Lock(), False
+        self._lock, self._sender = threading.Condition(), 0  # the thread that delivers
+        self._sent = 0  # how many were delivered
 
     def put(self, name: str, value: Any) -> None:
         with self._lock:
@@ -88,9 +89,9 @@ class Outbox:
     def send(self) -> None:
         while True:
             with self._lock:
-                if self._is_sending or not self._waiting:
+                if self._sender or not self._waiting:
                     return
-                self._is_sending = True
+                self._sender = threading.get_ident()
                 name, value, listeners = self._waiting.popleft()
             try:
                 for listener in listeners:
@@ -100,7 +101,16 @@ class Outbox:
                         _log.exception("a listener failed on %r", name)
             finally:
                 with self._lock:
-                    self._is_sending = False
+                    self._sender, self._sent = 0, self._sent + 1
+                    self._lock.notify_all()
+
+    def settle(self, timeout: float) -> None:
+        """Until all that was put before is delivered, by whichever thread; at once for a listener, who would wait for
+        itself."""
+        with self._lock:
+            wanted = self._sent + len(self._waiting) + (self._sender != 0)
+            if self._sender != threading.get_ident():
+                self._lock.wait_for(lambda: self._sent >= wanted, timeout)
 
 
 class Guard:
@@ -192,6 +202,11 @@ class Live:
     def _send(self) -> None:
         if not self._change.is_mine:  # else when the lock is let go
             self._outbox.send()
+
+    def _settle(self, timeout: float) -> None:
+        """Until whoever listens was told of all so far."""
+        if not self._change.is_mine:
+            self._outbox.settle(timeout)
 
     def _turn(self) -> float:
         """Do the next piece of work; the seconds to rest before the next turn, 0 for none."""

@@ -169,6 +169,7 @@ class LivePanel(Panel):
                 raise TimeoutError(f"not drawn within {timeout} s")
             if self.error is not None:
                 raise self.error
+        self._settle(timeout)
 
     def _take(self, values: Values) -> None:
         with self._change:

@@ -165,6 +165,40 @@ def test_a_link_cannot_take_the_memory(name, own):
     assert "expected at most" in panel.view["notice"]
 
 
+def test_who_waits_comes_after_those_who_listen():
+    """Even where another thread is in the middle of telling them; a listener itself does not wait."""
+    box, told, begun, go_on = Outbox({}), [], threading.Event(), threading.Event()
+
+    def listener(name: str, value: Any) -> None:
+        begun.set()
+        go_on.wait(10)
+        box.settle(60)
+        told.append(value)
+
+    box.subscribe(listener)
+    for value in (1, 2):
+        box.put("x", value)
+    sender = threading.Thread(target=box.send)
+    sender.start()
+    assert begun.wait(10)
+    box.send()  # the other delivers
+    box.settle(0.01)
+    assert not told
+    threading.Timer(0.1, go_on.set).start()
+    box.settle(60)
+    assert told == [1, 2]
+    sender.join()
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_a_panel_that_was_waited_for_has_told_its_listeners(name):
+    panel, settled = PANELS[name](), []
+    panel._outbox.settle = lambda timeout: settled.append(timeout)
+    panel.wait()
+    assert len(settled) == 1
+    panel.sleep()
+
+
 def test_what_is_done_wakes_those_who_wait_and_not_the_worker():
     """A worker that its own news woke would take turn after turn, and a panel at rest a whole core."""
     guard, woken = Guard(Outbox({})), threading.Event()
