@@ -105,7 +105,7 @@ notebooks: $(INSTALLED)  ## the notebooks at their defaults, and with other smal
 
 browser: $(INSTALLED)  ## JupyterLab in a browser
 	@echo "== [6/6] JupyterLab in a browser"
-	@"$(BIN)/python" -m pytest -m browser --numprocesses=2 --dist=loadscope $(ARGS)
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m browser --numprocesses=2 --dist=worksteal $(ARGS)
 
 figures: $(INSTALLED)  ## run every notebook at full parameters; figures and executed notebooks go to build/figures
 	@echo "== every notebook at full parameters, into build/figures"

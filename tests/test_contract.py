@@ -200,3 +200,5 @@ def test_settings_beyond_the_cap_are_shrunk_and_listed(register, monkeypatch):
     assert testing.fitting(of, problem, 3, n_steps=1000)["n_steps"] == 31
     assert testing.fitting(of, problem, 3, n_steps=33)["n_steps"] == 33
     assert [f"sound on {problem.name}: n_steps 1000 as 31"] == testing.SHRUNK
+    monkeypatch.setattr(testing, "CAP_FLOPS", 60 * max(problem.flops.values()))
+    assert testing.fitting(of, problem, 3, n_steps=33)["n_steps"] == 16

@@ -31,7 +31,7 @@ from workbench.runs import Cancelled, inputs, run
 from workbench.store import Store
 from workbench.sweeps import together
 
-CAP = 4_000  # evaluations of one run: settings that cost more are shrunk, whatever the knobs' bounds
+CAP, CAP_FLOPS = 4_000, 3e10  # evaluations of one run, and FLOPs: settings that cost more are shrunk to it
 SHRUNK: list[str] = []  # which settings were, for reports
 
 
@@ -90,9 +90,12 @@ def settings(of: Method, name: str) -> list[Any]:
 
 
 def fitting(of: Method, problem: Any, n_samples: int, **knobs: Any) -> dict[str, Any]:
-    """The knobs, those of whole numbers halved, the largest first, until a run costs at most CAP by its formula."""
+    """The knobs, those of whole numbers halved, the largest first, until a run costs at most CAP by its formula, and
+    CAP_FLOPS at the price of the dearest network: large networks need not show what small ones show."""
     found, start = dict(of.check(knobs)), dict(of.check(knobs))
-    while n_samples * of.spends(found, problem.sizes(found)) > CAP:
+    dearest = max((price for price in problem.flops.values() if isinstance(price, int | float)), default=0)
+    cap = min(CAP, CAP_FLOPS / dearest) if dearest else CAP
+    while n_samples * of.spends(found, problem.sizes(found)) > cap:
         above = {name: found[name] for name, bound in of.knobs.items()
                  if bound.kind is int and not isinstance(bound.knob.choices, tuple) and found[name] > bound.small}
         if not above:
