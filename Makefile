@@ -56,7 +56,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 lab: $(INSTALLED)  ## JupyterLab on the start notebook, on this machine only
 	@echo "== JupyterLab on port $(PORT), this machine only; Ctrl-C twice ends it"
-	@exec "$(BIN)/python" -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) --ServerApp.root_dir="$(CURDIR)" \
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/binder/jupyter:$$JUPYTER_CONFIG_PATH" exec "$(BIN)/python" -m jupyterlab --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) --ServerApp.root_dir="$(CURDIR)" \
 	  --LabApp.default_url=/lab/tree/$(START) --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 

@@ -165,8 +165,9 @@ def curve(fitness: Sequence[float], n_candidates: int, rivals: Mapping[str, floa
              for i, v in enumerate(fitness, 1) if not is_log or v > 0]
     said = f"best {label} so far {best[-1]:.4g} after {len(best)} candidates; " if best else ""
     said += "; ".join(f"{name} {value:.4g}" for name, value in rivals.items())
+    caption = "dots on the upper edge: worse still" if any(not v <= worst for v in fitness) else ""
     return [drawn("search-curve", lines, x="candidates", y=label, better="down", log_y=is_log, marks=marks, said=said,
-                  n=len(best))]
+                  n=len(best), caption=caption)]
 
 
 def table(candidate: Mapping[str, Any]) -> Pane:

@@ -55,6 +55,7 @@ def test_a_dragged_switch_changes_the_picture_by_mouse_and_by_key(show: object, 
     expect(first).to_have_attribute("aria-valuetext", "S takes steps 1-6 of 20")
     expect(second).to_have_attribute("aria-valuetext", "B takes steps 7-10 of 20")
     assert not is_blank(panel.get_by_test_id("samples"))
+    expect(page.get_by_text("Jupyter news")).to_have_count(0)  # nothing is asked over the panel
 
     before = picture(panel)
     drag(page, second, 160)
@@ -112,6 +113,21 @@ def test_every_control_has_a_name_and_is_reached_by_tab(show: object, page: Page
         reached.append(page.evaluate("document.activeElement.dataset.testid ?? ''"))
     wanted = ["handle-0", "method", "knob-n_steps", "field-n_steps", "frontier", "copy-link"]
     assert [name for name in reached if name in wanted] == wanted, reached
+
+
+def test_a_kernel_that_does_not_answer_is_said_until_it_does(show: object, page: Page) -> None:
+    """Whatever the panel's worker tells meanwhile: a cell that runs keeps wishes waiting, and not the worker."""
+    panel = show("explorer(Toy().problem)\nimport threading, time\nreceive = e.receive\n"
+                 "def slowly(wish):\n    threading.Timer(2, e._publish_view).start()\n    time.sleep(4)\n"
+                 "    receive(wish)\n"
+                 "e.receive = slowly")
+    before, status = picture(panel), panel.get_by_test_id("status")
+    panel.locator("input[type=range]:visible:enabled").first.press("ArrowRight")
+    expect(status).to_have_text("waiting for Python…", timeout=SOON)
+    page.wait_for_timeout(1700)
+    expect(status).to_have_text("waiting for Python…")
+    expect_picture_changes(panel, before)
+    expect(status).not_to_have_text("waiting for Python…", timeout=SOON)
 
 
 def test_an_error_is_shown_and_the_sliders_live_on(show: object, page: Page) -> None:

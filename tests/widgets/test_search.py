@@ -178,6 +178,8 @@ def test_the_curve_draws_what_is_there_and_says_it():
     assert (best["x"], best["y"]) == ([2, 3, 4], [3.0, -1.0, -1.0]) and known["y"] == [2.5, 2.5]
     assert [mark["x"] for mark in drawn.told["marks"]] == [1, 2, 3, 4] and drawn.told["marks"][0]["y"] == 5.0
     assert drawn.told["better"] == "down" and not drawn.told["log_y"]
+    assert "edge" in drawn.told["caption"]  # the first one is worse than the axis shows
+    assert not curve([3.0, 2.0], 10, {"known": 2.5}, "error")[0].told["caption"]
     assert curve([2.0], 1, {}, "error")[0].told["log_y"]
 
 

@@ -31,7 +31,7 @@ function render({ model, el }) {
   const link = connect(model, {
     part: "marks",
     restate: () => { selected = clamp(selected, 0, lastMark()); redraw(drawStrip, drawStep); },
-    waiting: () => { head.status.textContent = "waiting for Python…"; },
+    waiting: () => { head.status.textContent = WAITING; },
   });
   const { ask } = link;
   const steps = () => link.local.steps;
@@ -376,7 +376,7 @@ function render({ model, el }) {
     if (!link.settle() && steps().length === view.marks.steps.length) link.local.steps = structuredClone(view.marks.steps); // the hand is ahead: its places stay
     head.entitle(`${view.arms.yours.title} · ${plural(view.evaluations, "evaluation")} · seed ${view.seed} · ${plural(view.n_samples, "sample")}`);
     head.showSeed(view.seed);
-    head.draw(view, view.status ? `${view.status}…` : view.missing, Boolean(view.is_stale && !view.error));
+    head.draw(view, link.isLate() ? WAITING : view.status ? `${view.status}…` : view.missing, Boolean(view.is_stale && !view.error));
     for (const [name, node] of Object.entries(menus)) node.value = view.compare[name];
     drawNumbers();
     drawCaptions();

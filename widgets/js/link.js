@@ -1,12 +1,15 @@
 // What the hand asks of Python: one wish under way at a time; newer changes of one gesture replace older ones that wait.
 
 const MERGE_MS = 800; // keys pressed faster than this are one step of the history
+const [LATE_MS, LOST_MS] = [1000, 5000]; // without an answer: until it is said, until the next wish is sent all the same
+const WAITING = "waiting for Python…";
 
 // part: the settings in the view, of which the hand has a copy of its own, ahead of Python's.
 function connect(model, { restate, waiting, part = "state", isOnRelease = () => false }) {
   const client = Math.random().toString(36).slice(2, 8);
   const queue = [];
   let [pending, serial, timer, held, gesture] = ["", 0, 0, 0, 0];
+  let [sent, isLate] = ["", false];
   let lastKey = { name: "", time: 0 };
   let unsent = null; // changes made while the hand holds a slider that updates on release
   const link = { client, local: structuredClone(model.get("view")[part]) };
@@ -23,16 +26,17 @@ function connect(model, { restate, waiting, part = "state", isOnRelease = () => 
   function pump() {
     if (pending || !queue.length) return;
     const intent = queue.shift();
-    pending = intent.id = `${client}-${++serial}`;
+    sent = pending = intent.id = `${client}-${++serial}`;
     if (model.send) model.send(intent);
     else {
       model.set("intent", intent);
       model.save_changes();
     }
     timer = setTimeout(() => {
+      isLate = true;
       waiting();
-      acknowledge();
-    }, 5000);
+      timer = setTimeout(acknowledge, LOST_MS - LATE_MS);
+    }, LATE_MS);
   }
 
   function acknowledge() {
@@ -41,7 +45,10 @@ function connect(model, { restate, waiting, part = "state", isOnRelease = () => 
     pump();
   }
 
-  link.heard = (view) => { if (view.ack === pending) acknowledge(); };
+  link.heard = (view) => {
+    if (view.ack === sent) isLate = false;
+    if (view.ack === pending) acknowledge();
+  };
 
   link.begin = (name) => {
     const now = Date.now();
@@ -75,6 +82,7 @@ function connect(model, { restate, waiting, part = "state", isOnRelease = () => 
     addEventListener("pointercancel", release, true);
   };
 
+  link.isLate = () => isLate;
   link.isHeld = () => held > 0;
   link.isAhead = () => Boolean(held || pending || queue.length || unsent);
 

@@ -11,7 +11,7 @@ function render({ model, el }) {
   const onRelease = h("input", { type: "checkbox", "aria-label": "update on release", "data-testid": "on-release" });
   const link = connect(model, {
     restate: (atOnce) => (atOnce ? drawControls() : redraw(drawControls)),
-    waiting: () => { head.status.textContent = "waiting for Python…"; },
+    waiting: () => { head.status.textContent = WAITING; },
     isOnRelease: () => onRelease.checked,
   });
   const { ask } = link;
@@ -315,7 +315,7 @@ function render({ model, el }) {
   function drawView() {
     if (!link.settle()) strip?.draw(); // the hand is ahead: its settings stay
     const isBusy = Boolean(view.is_stale && !view.error);
-    head.draw(view, view.status ? `idle work: ${view.status}…` : "", isBusy);
+    head.draw(view, link.isLate() ? WAITING : view.status ? `idle work: ${view.status}…` : "", isBusy);
     samples.classList.toggle("wb-busy", isBusy);
     Object.values(own).forEach((made) => made.stale?.(Boolean(isBusy && frame && frame.key !== view.key)));
     const key = view.reference?.key;

@@ -130,7 +130,7 @@ function stripPanel(spec, link, view) {
     axis.replaceChildren();
     const stride = Math.max(1, Math.ceil((n * 46) / (stripWidth - 120)));
     for (let j = 0; j < n && x(j) <= stripWidth - 70; j += stride) {
-      axis.append(s("line", { x1: x(j), x2: x(j), y1: 48, y2: 52 }), s("text", { x: x(j), y: 63, "text-anchor": j ? "middle" : "start" }, noise[j]?.toFixed(1) ?? "-∞"));
+      axis.append(s("line", { x1: x(j), x2: x(j), y1: 48, y2: 52 }), s("text", { x: x(j), y: 63, "text-anchor": j ? "middle" : "start" }, noise[j] == null ? "−∞" : signed(noise[j], 1)));
     }
     axis.append(s("text", { x: EDGE, y: 76 }, view().strip.is_open ? "as many steps as the error asks: known after the run" : "noise level: log-SNR before the step"),
       s("text", { x: stripWidth - EDGE, y: 63, "text-anchor": "end" }, "data"));
